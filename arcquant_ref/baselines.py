@@ -1,0 +1,70 @@
+"""The formats ARC is compared with, value → nearest value: MXFP8, MXFP4, grouped INT4. Not part of the method."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks
+from .formats import E2M1, E4M3, E8M0, Float32, Float64, FloatFormat, decode, encode
+
+MX_BLOCK = 32  # neighbours along K that share one E8M0 scale
+ExponentRule = Callable[[Float64, FloatFormat], NDArray[np.int64]]
+INT4_MAX = 7  # symmetric: −8 is not used
+MXFP8_BITS = E4M3.bits + E8M0.bits / MX_BLOCK
+
+
+def ceiling_exponent(amax: Float64, fmt: FloatFormat) -> NDArray[np.int64]:
+    """⌈log2(amax / max)⌉: the least power of two that saturates nothing."""
+    (fraction, exponent), (max_fraction, max_exponent) = np.frexp(amax), np.frexp(fmt.max)
+    return exponent - int(max_exponent) + (fraction > max_fraction)
+
+
+def floor_exponent(amax: Float64, fmt: FloatFormat) -> NDArray[np.int64]:
+    """⌊log2 amax⌋ − ⌊log2 max⌋: OCP Microscaling Formats 1.0, section 6.3. Large elements may saturate."""
+    return np.frexp(amax)[1] - int(np.frexp(fmt.max)[1])
+
+
+def mxfp8(x: ArrayLike, exponent_rule: ExponentRule = ceiling_exponent) -> Float32:
+    """(M, K) → the nearest MXFP8 (E4M3) values, 32 along K to an E8M0 scale; errors as in `quantize`.
+
+    >>> mxfp8(np.float32([[448, 17] + [0] * 30]))[0, :2]
+    array([448.,  16.], dtype=float32)
+    """
+    return _mx(x, E4M3, exponent_rule)
+
+
+def mxfp4(x: ArrayLike, exponent_rule: ExponentRule = ceiling_exponent) -> Float32:
+    """(M, K) → the nearest MXFP4 (E2M1) values, 32 along K to an E8M0 scale.
+
+    >>> x = np.float32([[7, 1] + [0] * 30])
+    >>> mxfp4(x)[0, :2], mxfp4(x, floor_exponent)[0, :2]
+    (array([8., 1.], dtype=float32), array([6., 1.], dtype=float32))
+    """
+    return _mx(x, E2M1, exponent_rule)
+
+
+def _mx(x: ArrayLike, fmt: FloatFormat, exponent_rule: ExponentRule) -> Float32:
+    x = checks.matrix("x", x, MX_BLOCK)
+    blocks = x.reshape(len(x), -1, MX_BLOCK).astype(np.float64)  # scaling by a power of two is then exact
+    amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    exponent = np.clip(exponent_rule(amax, fmt), -E8M0.bias, E8M0.bias)
+    nearest = decode(fmt, encode(fmt, np.ldexp(blocks, -exponent)))
+    values: Float32 = np.ldexp(nearest.astype(np.float64), exponent).astype(np.float32)
+    return values.reshape(x.shape)
+
+
+def int4(x: ArrayLike, group: int = 128) -> Float32:
+    """(M, K) → the nearest of −7 … 7 times amax / 7, per group along K; the last group may be shorter.
+
+    >>> int4(np.float32([[7, 2.4] + [0] * 14]))[0, :2]
+    array([7., 2.], dtype=float32)
+    """
+    x = checks.matrix("x", x, 1)
+    pieces = []
+    for start in range(0, x.shape[1], group):
+        piece = x[:, start : start + group]
+        step = np.abs(piece).max(axis=1, keepdims=True) / np.float32(INT4_MAX)
+        step[step == 0] = 1
+        pieces.append(np.clip(np.rint(piece / step), -INT4_MAX, INT4_MAX) * step)
+    return np.concatenate(pieces, axis=1)

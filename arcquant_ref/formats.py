@@ -1,0 +1,147 @@
+"""The number formats. Widths are stated here and nowhere else; every other constant is computed from them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks
+
+Codes = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+BLOCK = 16  # neighbours along K that share one NVFP4 block scale
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A small binary float without infinities: sign, exponent and mantissa fields, from high to low bits."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    sign_bits: int = 1
+    nan_codes: int = 0  # how many magnitude codes, counted from the top, mean NaN
+    subnormals: bool = True  # False: exponent field 0 is one more binade, and there is no zero
+
+    @property
+    def magnitude_bits(self) -> int:
+        return self.exponent_bits + self.mantissa_bits
+
+    @property
+    def bits(self) -> int:
+        return self.sign_bits + self.magnitude_bits
+
+    @property
+    def bias(self) -> int:
+        return int(2 ** (self.exponent_bits - 1) - 1)
+
+    @cached_property
+    def magnitudes(self) -> Float64:
+        """Value of every finite magnitude code, in order: the one table of this format."""
+        code = np.arange(2**self.magnitude_bits - self.nan_codes)
+        exponent, mantissa = np.divmod(code, 2**self.mantissa_bits)
+        if not self.subnormals:
+            return _frozen(np.ldexp(1 + mantissa / 2**self.mantissa_bits, exponent - self.bias))
+        hidden_one = exponent > 0  # subnormals have none
+        return _frozen(
+            np.ldexp(hidden_one + mantissa / 2**self.mantissa_bits, np.maximum(exponent, 1) - self.bias)
+        )
+
+    @cached_property
+    def midpoints(self) -> Float32:
+        """Where rounding changes its mind: halfway between neighbouring magnitudes. Exact in float32."""
+        return _frozen(((self.magnitudes[:-1] + self.magnitudes[1:]) / 2).astype(np.float32))
+
+    @cached_property
+    def values(self) -> Float32:
+        """Value of every code, sign and NaN included."""
+        magnitudes = np.append(self.magnitudes, [np.nan] * self.nan_codes)
+        return _frozen(np.concatenate([magnitudes, -magnitudes][: 1 + self.sign_bits]).astype(np.float32))
+
+    @property
+    def nan_code(self) -> int:
+        """The least magnitude code that means NaN; one past the top where there is none."""
+        return len(self.magnitudes)
+
+    @property
+    def max(self) -> float:
+        return float(self.magnitudes[-1])
+
+    @property
+    def least_normal(self) -> float:
+        return float(2.0 ** (1 - self.bias))
+
+    @property
+    def least_subnormal(self) -> float:
+        return float(self.magnitudes[1])
+
+
+def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
+    array.flags.writeable = False  # the tables are shared
+    return array
+
+
+E2M1 = FloatFormat("E2M1", exponent_bits=2, mantissa_bits=1)
+E4M3 = FloatFormat("E4M3", exponent_bits=4, mantissa_bits=3, nan_codes=1)
+E8M0 = FloatFormat("E8M0", exponent_bits=8, mantissa_bits=0, sign_bits=0, nan_codes=1, subnormals=False)
+
+
+def encode(fmt: FloatFormat, x: Float32) -> Codes:
+    """Nearest codes of `x`, any shape: midpoints go to the even code, ±max saturates, zero keeps its sign."""
+    ties_down = np.searchsorted(fmt.midpoints, np.abs(x), side="left")
+    ties_up = np.searchsorted(fmt.midpoints, np.abs(x), side="right")
+    magnitude = np.where(ties_down % 2 == 0, ties_down, ties_up)
+    return (magnitude | np.signbit(x).astype(np.uint8) << fmt.magnitude_bits).astype(np.uint8)
+
+
+def decode(fmt: FloatFormat, codes: Codes) -> Float32:
+    """Values of `codes`, any shape. Every one is exact in float32; NaN codes give NaN."""
+    return fmt.values[codes]
+
+
+def encode_e2m1(x: ArrayLike) -> Codes:
+    """Nearest E2M1 (FP4) codes 0 … 15 of `x`, any shape; ties to even, saturating at ±6, −0 kept.
+
+    `x` is float16, bfloat16, float32 or float64 (rounded once to float32). Raises TypeError for another
+    dtype, ValueError for NaN, infinity or an empty array. Source: OCP Microscaling Formats 1.0, section
+    5.3.3.
+
+    >>> encode_e2m1(np.float32([0.25, 0.75, 2.5, -5, 100]))
+    array([ 0,  2,  4, 14,  7], dtype=uint8)
+    """
+    return encode(E2M1, checks.floats("x", x))
+
+
+def encode_e4m3(x: ArrayLike) -> Codes:
+    """Nearest E4M3 (FP8) codes of `x`, any shape; ties to even, saturating at ±448, −0 kept.
+
+    Dtypes and errors as in `encode_e2m1`. Source: OCP 8-bit Floating Point Specification 1.0.
+
+    >>> encode_e4m3(np.float32([1, 448, 1e9, 2**-10])), "1.0, max, saturated, tie to zero"
+    (array([ 56, 126, 126,   0], dtype=uint8), '1.0, max, saturated, tie to zero')
+    """
+    return encode(E4M3, checks.floats("x", x))
+
+
+def decode_e2m1(codes: ArrayLike) -> Float32:
+    """Values of E2M1 codes, any shape, float32. Raises TypeError unless uint8, ValueError above 15.
+
+    >>> decode_e2m1(np.arange(8, dtype=np.uint8))
+    array([0. , 0.5, 1. , 1.5, 2. , 3. , 4. , 6. ], dtype=float32)
+    """
+    return decode(E2M1, checks.codes("codes", codes, E2M1.bits))
+
+
+def decode_e4m3(codes: ArrayLike) -> Float32:
+    """Values of E4M3 codes, any shape, float32; 0x7F and 0xFF are NaN. Raises TypeError unless uint8.
+
+    >>> decode_e4m3(np.uint8([0x01, 0x38, 0x7E, 0x7F]))
+    array([1.953125e-03, 1.000000e+00, 4.480000e+02,          nan],
+          dtype=float32)
+    """
+    return decode(E4M3, checks.codes("codes", codes, E4M3.bits))

@@ -1,0 +1,72 @@
+"""The matrix product of two NVFP4 tensors, summed exactly in int64."""
+
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks
+from .augment import augment_activations, augment_weights
+from .formats import BLOCK, E2M1, E4M3, Float32, decode
+from .quantize import round_once
+from .select import Selection
+from .tensor import NVFP4Tensor
+
+UNIT = (E2M1.least_subnormal * E4M3.least_subnormal) ** 2  # 2⁻²⁰: every product of two elements is a multiple
+LARGEST = E2M1.max * E4M3.max / UNIT**0.5  # of one factor, in its own units
+MAX_DEPTH = int((2**63 - 1) // LARGEST**2)  # about 1.2 million: beyond it the int64 sum could overflow
+
+
+def integer_values(q: NVFP4Tensor) -> NDArray[np.int64]:
+    """(2 · e2m1) · (512 · e4m3) of each element, (M, K): the value in units of 2⁻¹⁰ · tensor_scale.
+
+    Raises ValueError for a NaN block scale.
+    """
+    checks.scales_are_numbers("block_scales", q.block_scales, E4M3.nan_code)
+    elements = (decode(E2M1, q.codes) / E2M1.least_subnormal).astype(np.int64)
+    scales = (decode(E4M3, q.block_scales) / E4M3.least_subnormal).astype(np.int64)
+    return elements * np.repeat(scales, BLOCK, axis=1)
+
+
+def integer_matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> NDArray[np.int64]:
+    """I = Σ_k a·b without any rounding, (M, N) int64; a bᵀ is I · 2⁻²⁰ · both tensor scales."""
+    checks.same_depth(a.shape[1], b.shape[1], MAX_DEPTH)
+    return integer_values(a) @ integer_values(b).T
+
+
+def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
+    """a bᵀ, (M, K) and (N, K) → (M, N): the real number rounded once to float32 (beyond its range: ±inf).
+
+    Raises ValueError for a NaN block scale, different K, or K above 1.2 million.
+
+    >>> from arcquant_ref import quantize
+    >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)
+    >>> matmul(ones, ones)  # 1/6 lies between two block scales, so 1 became 1.03125
+    array([[34.03125]], dtype=float32)
+    """
+    total = integer_matmul(a, b)
+    scale = np.float64(a.tensor_scale) * np.float64(b.tensor_scale) * UNIT  # exact: 48 significant bits
+    product = total * scale
+    lost = np.zeros_like(product)
+    with np.errstate(over="ignore", under="ignore"):
+        # Two float64 roundings move the product by less than 2⁻⁵¹ of itself. Where that could change its
+        # float32 rounding, work it out exactly (Ziv's test).
+        doubtful = (product * (1 - 2.0**-51)).astype(np.float32) != (product * (1 + 2.0**-51)).astype(
+            np.float32
+        )
+    for i in map(tuple, np.argwhere(doubtful)):
+        exact = int(total[i]) * Fraction(float(scale))
+        product[i] = float(exact)
+        lost[i] = float(exact - Fraction(float(product[i])))
+    return round_once(product, lost)
+
+
+def linear(x: ArrayLike, w: ArrayLike, selection: Selection) -> Float32:
+    """A W4A4 linear layer: (M, K) activations, (N, K) weights → (M, N), as one product of depth K + S.
+
+    >>> from arcquant_ref import calibrate, select
+    >>> x = np.random.default_rng(0).standard_normal((4, 64)); x[:, 3] *= 50
+    >>> linear(x, np.eye(64), select(calibrate([x]))).shape
+    (4, 64)
+    """
+    return matmul(augment_activations(x, selection), augment_weights(w, selection))

@@ -1,0 +1,81 @@
+"""Pictures. Each function returns a figure; matplotlib is imported only here."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from . import demo
+from .formats import BLOCK
+from .sample import Layer
+from .select import calibrate, select, select_top
+
+matplotlib.use("Agg")  # files only: no display needed
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colour-blind-safe set
+TAU = 1 / 8
+
+
+def demo_figure(layers: Sequence[Layer]) -> Figure:
+    """Per layer: channel_amax in order with the τ line, and below it the output error against S."""
+    figure = Figure(figsize=(3.4 * len(layers), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(layers), squeeze=False)
+    for layer, top, bottom in tqdm(list(zip(layers, *axes)), "layers", disable=None):
+        _channels(top, layer)
+        _error_against_s(bottom, layer)
+    axes[0][0].set_ylabel("largest |x| of the channel")
+    axes[1][0].set_ylabel("output error, mean over tokens (%)")
+    handles, labels = axes[1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(
+        "Few channels stand out (above); with residuals for the largest S of them, the error falls (below)"
+    )
+    return figure
+
+
+def _channels(axes: Axes, layer: Layer) -> None:
+    amax = np.sort(calibrate([layer.calibration]))
+    tau = TAU * amax[-1]
+    channel = np.arange(len(amax))
+    axes.semilogy(channel, amax, color=BLUE)
+    axes.axhline(tau, color=ORANGE, linestyle="--")
+    axes.annotate("τ = max / 8", (0, tau), textcoords="offset points", xytext=(2, 4), color=ORANGE)
+    outliers = amax > tau
+    axes.plot(channel[outliers], amax[outliers], color=ORANGE, marker="^", markersize=5, linestyle="")
+    axes.set_title(f"{layer.name}\n{outliers.sum()} of {len(amax)} channels above τ", fontsize="medium")
+    axes.set_xlabel("channel, smallest first")
+
+
+def _error_against_s(axes: Axes, layer: Layer) -> None:
+    x, w = layer.evaluation, layer.weight
+    chosen = select(calibrate([layer.calibration]), tau=TAU)
+    k = chosen.K
+    sizes = sorted(
+        {0, BLOCK, 2 * BLOCK, *(k * i // 8 // BLOCK * BLOCK for i in range(1, 9)), chosen.num_residual}
+    )
+
+    def error(result: demo.Result) -> float:
+        return 100 * demo.output_error(x, w, result.y_hat)
+
+    errors = [error(demo.arc(x, w, select_top(chosen.channel_amax, s))) for s in sizes]
+    by_rule = errors[sizes.index(chosen.num_residual)]
+    plain, order = error(demo.nvfp4(x, w)), chosen.order
+    axes.axhline(plain, color=GREY, linestyle="-", label="NVFP4, channels as they are")
+    axes.plot(sizes, errors, color=BLUE, marker="o", markersize=4, label="ARC")
+    axes.plot(
+        [chosen.num_residual],
+        [by_rule],
+        color=ORANGE,
+        marker="*",
+        markersize=15,
+        linestyle="",
+        label="ARC, S by τ",
+    )
+    axes.axhline(error(demo.w4a8(x, w)), color=GREY, linestyle="--", label="W4A8 (MXFP8)")
+    axes.axhline(error(demo.w4a16(x, w)), color=GREY, linestyle=":", label="W4A16")
+    limit = error(demo.w4a16(x[:, order], w[:, order]))
+    axes.axhline(limit, color=BLUE, linestyle=":", label="W4A16, channels in ARC's order")
+    axes.set_ylim(0, 1.1 * max(plain, *errors))
+    axes.set_xlabel("residual channels S")

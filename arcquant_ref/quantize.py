@@ -1,0 +1,95 @@
+"""quantize: the one normative order of operations (docs/spec.md, section 3). `fl` is one float32 rounding."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import checks
+from .formats import BLOCK, E2M1, E4M3, Codes, Float32, Float64, decode, encode
+from .tensor import NVFP4Tensor
+
+F32 = np.float32
+LEAST_NORMAL = np.finfo(np.float32).tiny
+
+
+def tensor_scale_of(x: Float32) -> np.float32:
+    """fl(amax / 2688), so that the largest block gets the largest scale; 1 for an all-zero tensor.
+
+    2688 = 6 · 448, the largest element times the largest block scale. Never below the least normal float32.
+
+    >>> float(tensor_scale_of(np.float32([[-2688, 5]])))
+    1.0
+    """
+    amax = np.abs(x).max()
+    if amax == 0:
+        return F32(1)
+    with np.errstate(under="ignore"):
+        return np.maximum(amax / F32(E2M1.max * E4M3.max), LEAST_NORMAL)
+
+
+def quantize(x: ArrayLike, tensor_scale: float | None = None) -> NVFP4Tensor:
+    """The (M, K) matrix as an NVFP4 tensor, blocks of 16 along K.
+
+    `x` is float16, bfloat16, float32 or float64 (rounded once to float32). `tensor_scale` is computed from x
+    unless given (a static scale); elements beyond 2688 · tensor_scale then saturate. Raises TypeError for
+    another dtype, ValueError for NaN, infinity, an empty or non-matrix x, K not a multiple of 16 or an
+    unusable tensor_scale.
+
+    >>> q = quantize(np.float32([[0, 1, 2, 3, 4, 5, 6, -6] * 2]), tensor_scale=1)
+    >>> q.codes[0, :8], q.block_scales
+    (array([ 0,  2,  4,  5,  6,  6,  7, 15], dtype=uint8), array([[56]], dtype=uint8))
+    """
+    x = checks.matrix("x", x, BLOCK)
+    scale = tensor_scale_of(x) if tensor_scale is None else checks.tensor_scale(tensor_scale)
+    codes, block_scales = quantize_blocks(x.reshape(len(x), -1, BLOCK), scale)
+    return NVFP4Tensor(codes=codes.reshape(x.shape), block_scales=block_scales, tensor_scale=scale)
+
+
+def quantize_blocks(x: Float32, tensor_scale: np.float32) -> tuple[Codes, Codes]:
+    """(…, 16) float32 → (…, 16) E2M1 codes and (…) E4M3 block scales. The order of operations is normative."""
+    amax = np.abs(x).max(axis=-1)
+    with np.errstate(over="ignore", under="ignore"):
+        scale = amax / F32(E2M1.max) / tensor_scale
+        block_scales = encode(E4M3, np.clip(scale, F32(E4M3.least_subnormal), F32(E4M3.max)))
+        step = decode(E4M3, block_scales) * tensor_scale  # positive: the least scale is floored, see `clip`
+        return encode(E2M1, x / step[..., None]), block_scales
+
+
+def exact_values(q: NVFP4Tensor) -> Float64:
+    """The (M, K) values of `q` without rounding: each is a product of 2, 4 and 24 significant bits."""
+    checks.scales_are_numbers("block_scales", q.block_scales, E4M3.nan_code)
+    scales = decode(E4M3, q.block_scales).astype(np.float64) * np.float64(q.tensor_scale)
+    return decode(E2M1, q.codes).astype(np.float64) * np.repeat(scales, BLOCK, axis=1)
+
+
+def dequantize(q: NVFP4Tensor) -> Float32:
+    """The (M, K) values of `q`, each rounded once to float32. Raises ValueError for a NaN block scale.
+
+    >>> dequantize(quantize(np.float32([[5] + [0] * 15]), tensor_scale=1))[0, :2]
+    array([4.875, 0.   ], dtype=float32)
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        return exact_values(q).astype(np.float32)
+
+
+def residual(x: Float32, q: NVFP4Tensor) -> Float32:
+    """x − value(q), (M, K), rounded once to float32 as one FMA does.
+
+    The float64 difference is exact unless a static tensor scale saturates x by a factor of millions; `lost`
+    is what it misses then (Fast2Sum, Dekker 1971).
+    """
+    value = exact_values(q)
+    difference = x - value
+    lost = (x - difference) - value
+    return round_once(difference, lost)
+
+
+def round_once(nearest: Float64, lost: Float64) -> Float32:
+    """The float32 rounding of nearest + lost, where `nearest` is the float64 rounding of that sum.
+
+    Rounding to float64 and then to float32 errs when the float64 falls on a float32 midpoint. Rounding the
+    first time to the odd neighbour cannot (Boldo and Melquiond 2008).
+    """
+    even = nearest.view(np.int64) & 1 == 0
+    other_neighbour = np.nextafter(nearest, np.copysign(np.inf, lost))
+    with np.errstate(over="ignore", under="ignore"):
+        return np.where((lost != 0) & even, other_neighbour, nearest).astype(np.float32)

@@ -1,0 +1,120 @@
+"""Which channels get a residual: calibration, the selection and its rules (docs/spec.md, section 4)."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks
+from .formats import BLOCK, E2M1, E4M3, Float32
+from .tensor import load_arrays, save_arrays
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selection:
+    """A channel order for one layer, and how many of its last channels carry a residual.
+
+    order         (K,) int64, a permutation: channel_amax ascending, outliers last
+    num_residual  S, a multiple of 16 with 0 <= S <= K
+    channel_amax  (K,) float32, max |x| of each channel over the calibration rows, in the original channel
+    order
+
+    Raises TypeError or ValueError if these do not fit together.
+    """
+
+    order: NDArray[np.int64]
+    num_residual: int
+    channel_amax: Float32
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "order", checks.channel_order(self.order))
+        set_(self, "channel_amax", checks.channel_amax(self.channel_amax, BLOCK))
+        set_(self, "num_residual", checks.num_residual(self.num_residual, self.K, BLOCK))
+        checks.selection_fits("channel_amax", len(self.channel_amax), self.K)
+
+    @property
+    def K(self) -> int:
+        return len(self.order)
+
+    @property
+    def bits_per_value(self) -> float:
+        """Storage for one activation: 4.5 · (K + S) / K."""
+        return (E2M1.bits + E4M3.bits / BLOCK) * (self.K + self.num_residual) / self.K
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        arrays = {
+            "order": ("int64", self.order),
+            "num_residual": ("int64", np.asarray(self.num_residual)),
+            "channel_amax": ("float32", self.channel_amax),
+        }
+        save_arrays(path, arrays, FILE_METADATA)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Selection":
+        """Read what `save` wrote. Raises ValueError for a damaged or foreign file."""
+        arrays = load_arrays(
+            path, FILE_METADATA, {"order": "I64", "num_residual": "I64", "channel_amax": "F32"}
+        )
+        try:
+            return Selection(
+                order=arrays["order"],
+                num_residual=int(arrays["num_residual"][()]),
+                channel_amax=arrays["channel_amax"],
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a valid selection: {error}") from error
+
+
+FILE_METADATA = {"format": "nvfp4-selection", "version": "1"}
+
+
+def calibrate(batches: Iterable[ArrayLike]) -> Float32:
+    """channel_amax (K,): max |x| of each channel over all rows of all (rows, K) batches, read one by one.
+
+    Raises ValueError for no batches, batches of different K, or a batch that `quantize` would refuse.
+
+    >>> calibrate([np.full((2, 16), -3.0), np.eye(16)]).max()
+    np.float32(3.0)
+    """
+    amax: Float32 | None = None
+    for i, batch in enumerate(batches):
+        batch_amax = np.abs(checks.matrix(f"batches[{i}]", batch, BLOCK)).max(axis=0)
+        if amax is not None and len(amax) != len(batch_amax):
+            raise ValueError(
+                f"batches[{i}] has K={len(batch_amax)} but the batches before it have K={len(amax)}. "
+                f"Calibrate each layer on its own."
+            )
+        amax = batch_amax if amax is None else np.maximum(amax, batch_amax)
+    if amax is None:
+        raise ValueError(
+            "batches is empty; give at least one (rows, K) matrix. A single matrix goes in as [x]."
+        )
+    return amax
+
+
+def select(channel_amax: ArrayLike, tau: float = 1 / 8, multiple: int = BLOCK) -> Selection:
+    """The paper's rule: channels above tau · max are outliers; S is their number, rounded up to `multiple`.
+
+    tau = 2⁻³ because E5M2 has three exponent bits more than E2M1 (arXiv 2601.07475); the authors' code
+    uses multiple = 64. S is at most K. Raises ValueError for a bad channel_amax, tau outside 0 … 1 or
+    multiple not a multiple of 16.
+
+    >>> amax = np.ones(32); amax[5] = 100
+    >>> s = select(amax)
+    >>> s.num_residual, int(s.order[-1])
+    (16, 5)
+    """
+    amax = checks.channel_amax(channel_amax, BLOCK)
+    multiple = checks.multiple_of("multiple", multiple, BLOCK)
+    outliers = int((amax > checks.fraction("tau", tau) * np.float64(amax.max())).sum())
+    return select_top(amax, min(-(-outliers // multiple) * multiple, len(amax)))
+
+
+def select_top(channel_amax: ArrayLike, num_residual: int) -> Selection:
+    """A fixed number S of residual channels: those with the largest channel_amax; of equals, the later ones."""
+    amax = checks.channel_amax(channel_amax, BLOCK)
+    return Selection(order=np.argsort(amax, kind="stable"), num_residual=num_residual, channel_amax=amax)
