@@ -46,7 +46,7 @@ def augment_weights(w: ArrayLike, selection: Selection) -> NVFP4Tensor:
 
 
 def interleave(primary: NVFP4Tensor, extra: NVFP4Tensor) -> NVFP4Tensor:
-    """(M, K) and (M, S) → (M, K + S) in blocks of 16: P … P, then P₀ E₀ P₁ E₁ … for the last S channels of P."""
+    """(M, K) and (M, S) → (M, K + S) in blocks of 16: P … P, then P₀ E₀ P₁ E₁ … for its last S channels."""
     plain_first = _block_order(primary.shape[1], extra.shape[1])
     codes = np.concatenate([primary.codes, extra.codes], axis=1)
     block_scales = np.concatenate([primary.block_scales, extra.block_scales], axis=1)

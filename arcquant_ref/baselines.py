@@ -1,4 +1,4 @@
-"""The formats ARC is compared with, value → nearest value: MXFP8, MXFP4, grouped INT4. Not part of the method."""
+"""The formats ARC is compared with, value → nearest value: MXFP8, MXFP4, INT4. Not part of the method."""
 
 from collections.abc import Callable
 

@@ -43,7 +43,7 @@ def _supremum_nvfp4() -> Fraction:
 def _supremum_arc() -> Fraction:
     """The same with a residual. A first scale s leaves residuals up to s · HALF_GAP and needs an amax of at
     least 6 · (the midpoint below s); the second step is then at most the scale nearest to s · HALF_GAP / 6.
-    Jointly, because (3/17)² is out of reach: residuals of the worst first scale do not get the worst second."""
+    Jointly: the worst first scale and the worst second exclude each other, (3/17)² is out of reach."""
     least = Fraction(E4M3.least_normal)
     ratios = [Fraction(0)]
     for midpoint, scale in zip(_exact(E4M3.midpoints), _exact(E4M3.magnitudes)[1:]):
@@ -54,8 +54,8 @@ def _supremum_arc() -> Fraction:
 
 
 def _supremum_mx(fmt: FloatFormat, low: Fraction, high: Fraction) -> Fraction:
-    """sup error / amax when a power-of-two scale brings amax into [low, high]: an element on a midpoint m errs
-    by half a gap and needs amax >= m; one above the largest value errs by the distance to it."""
+    """sup error / amax when a power-of-two scale brings amax into [low, high]: an element on a midpoint m
+    errs by half a gap and needs amax >= m; one above the largest value errs by the distance to it."""
     values = _exact(fmt.magnitudes)
     half_gaps = [((b - a) / 2, (a + b) / 2) for a, b in pairwise(values)]
     on_midpoint = max(half_gap / max(midpoint, low) for half_gap, midpoint in half_gaps)
@@ -185,6 +185,7 @@ def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> C
     """
     x = checks.matrix("x", x, BLOCK)
     got = exact_values(q) if selection is None else merge(q, selection)
+    checks.same_shape(x.shape, got.shape)
     return worst(x.astype(np.float64), got, element_bounds(x, q.tensor_scale, selection))
 
 

@@ -112,6 +112,15 @@ def scales_are_numbers(name: str, block_scales: NDArray[np.uint8], nan_code: int
         )
 
 
+def same_shape(x_shape: tuple[int, ...], q_shape: tuple[int, ...]) -> None:
+    """A matrix and the quantized tensor it is compared with have one shape."""
+    if x_shape != q_shape:
+        raise ValueError(
+            f"x has shape {x_shape} but q holds {q_shape}. Pass the matrix q was made from, and its "
+            f"selection if q is augmented."
+        )
+
+
 def same_depth(a_k: int, b_k: int, limit: int) -> None:
     """Both operands of a product have one K, at most `limit`."""
     if a_k != b_k:

@@ -159,10 +159,10 @@ def summary(rows: Iterable[Row]) -> str:
     better = int((error["ARC"] < error["NVFP4"]).sum())
     broken = [f"{r.scheme} in {r.layer}" for r in rows if max(r.element_ratio, r.output_ratio) > 1]
     held = f"BOUND VIOLATED: {', '.join(broken)}" if broken else "none violated"
+    layers, checked = len(error["ARC"]), sum(r.bounds_checked for r in rows)
     return (
-        f"One plain NVFP4 product with {bits['ARC']:.2f} bits per activation instead of {bits['NVFP4']:.2f}: "
-        f"ARC lowers the output error in {better} of {len(error['ARC'])} layers and closes {closed['ARC']:.0%} "
-        f"of the gap to exact activations (W4A16); W4A8 closes {closed['W4A8']:.0%} with {bits['W4A8']:.2f} "
-        f"bits. "
-        f"{sum(r.bounds_checked for r in rows):,} error bounds checked, {held}."
+        f"In one plain NVFP4 product, with {bits['ARC']:.2f} bits per activation instead of "
+        f"{bits['NVFP4']:.2f}, ARC lowers the output error in {better} of {layers} layers and closes "
+        f"{closed['ARC']:.0%} of the gap to exact activations (W4A16); W4A8 closes {closed['W4A8']:.0%} with "
+        f"{bits['W4A8']:.2f} bits. {checked:,} error bounds checked, {held}."
     )

@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks
 from .augment import augment_activations, augment_weights
 from .formats import BLOCK, E2M1, E4M3, Float32, decode
-from .quantize import round_once
 from .select import Selection
 from .tensor import NVFP4Tensor
 
@@ -47,18 +46,26 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     total = integer_matmul(a, b)
     scale = np.float64(a.tensor_scale) * np.float64(b.tensor_scale) * UNIT  # exact: 48 significant bits
     product = total * scale
-    lost = np.zeros_like(product)
     with np.errstate(over="ignore", under="ignore"):
-        # Two float64 roundings move the product by less than 2⁻⁵¹ of itself. Where that could change its
-        # float32 rounding, work it out exactly (Ziv's test).
+        y = product.astype(np.float32)
+        # `product` is two float64 roundings off, less than 2⁻⁵¹ of itself. Where that could change y, work y
+        # out exactly (Ziv's test).
         doubtful = (product * (1 - 2.0**-51)).astype(np.float32) != (product * (1 + 2.0**-51)).astype(
             np.float32
         )
-    for i in map(tuple, np.argwhere(doubtful)):
-        exact = int(total[i]) * Fraction(float(scale))
-        product[i] = float(exact)
-        lost[i] = float(exact - Fraction(float(product[i])))
-    return round_once(product, lost)
+    for i in zip(*np.nonzero(doubtful)):
+        y[i] = nearest_float32(int(total[i]) * Fraction(float(scale)))
+    return y
+
+
+def nearest_float32(exact: Fraction) -> np.float32:
+    """One rounding. Through float64 it is two, wrong if the first lands on a midpoint of float32; rounding
+    first to the neighbour whose last bit is odd avoids that (Boldo and Melquiond 2008)."""
+    nearest = np.float64(float(exact))
+    if nearest != exact and nearest.view(np.int64) % 2 == 0:
+        nearest = np.nextafter(nearest, np.inf if exact > nearest else -np.inf)
+    with np.errstate(over="ignore", under="ignore"):
+        return nearest.astype(np.float32)
 
 
 def linear(x: ArrayLike, w: ArrayLike, selection: Selection) -> Float32:

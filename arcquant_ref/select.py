@@ -115,6 +115,6 @@ def select(channel_amax: ArrayLike, tau: float = 1 / 8, multiple: int = BLOCK) -
 
 
 def select_top(channel_amax: ArrayLike, num_residual: int) -> Selection:
-    """A fixed number S of residual channels: those with the largest channel_amax; of equals, the later ones."""
+    """A fixed number S of residual channels: the largest channel_amax; of equals, the later ones."""
     amax = checks.channel_amax(channel_amax, BLOCK)
     return Selection(order=np.argsort(amax, kind="stable"), num_residual=num_residual, channel_amax=amax)

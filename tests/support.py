@@ -1,0 +1,74 @@
+"""What several test files need: backends, optional packages, comparison of tensors byte by byte."""
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from arcquant_ref import NVFP4Tensor, backends
+
+REQUIRED = set(filter(None, os.environ.get("ARCQUANT_REQUIRE", "").split(",")))
+
+
+def optional(name: str) -> ModuleType:
+    """The module, or a skip with the reason; a failure if ARCQUANT_REQUIRE names it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if name in REQUIRED:
+            pytest.fail(f"ARCQUANT_REQUIRE={name}, but {error}")
+        pytest.skip(f"{name} is not installed")
+
+
+def model_weights() -> Path:
+    """The GGUF file of the language model, or a skip; a failure if ARCQUANT_REQUIRE names torch."""
+    for name in ("torch", "gguf", "tokenizers"):
+        optional(name)
+    from arcquant_ref.model import find_weights
+
+    try:
+        return find_weights()
+    except FileNotFoundError as error:
+        if "torch" in REQUIRED:
+            raise
+        pytest.skip(str(error))
+
+
+def usable_backends() -> list[str]:
+    return [name for name, reason in backends.available().items() if reason is None or name in REQUIRED]
+
+
+every_backend = pytest.mark.parametrize(
+    "backend", [backends.get(name) for name in usable_backends()], ids=usable_backends()
+)
+
+
+def assert_same_tensor(got: NVFP4Tensor, expected: NVFP4Tensor) -> None:
+    """Codes, block scales and tensor scale equal as bytes; a mismatch prints index, got, expected."""
+    for part in ("codes", "block_scales"):
+        a, b = getattr(got, part), getattr(expected, part)
+        assert a.shape == b.shape, f"{part}: shape {a.shape}, expected {b.shape}"
+        different = np.argwhere(a != b)
+        if len(different):
+            i = tuple(different[0])
+            pytest.fail(f"{part}: {len(different)} differ, first at {i}: got {a[i]:#x}, expected {b[i]:#x}")
+    assert got.tensor_scale.tobytes() == expected.tensor_scale.tobytes()
+
+
+def all_bf16() -> NDArray[np.float32]:
+    """All 65,536 bfloat16 bit patterns as float32, NaN and inf included."""
+    return (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)
+
+
+def finite_bf16() -> NDArray[np.float32]:
+    x = all_bf16()
+    return x[np.isfinite(x)]
+
+
+def neighbours(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every value, the float32 just below and the one just above."""
+    return np.concatenate([x, np.nextafter(x, np.float32(-np.inf)), np.nextafter(x, np.float32(np.inf))])

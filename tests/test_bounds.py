@@ -1,0 +1,164 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, target
+from hypothesis import strategies as st
+from strategies import matrices, tensor_scales
+from support import every_backend, finite_bf16, neighbours
+
+from arcquant_ref import augment_activations, baselines, bounds, dequantize, linear, quantize, select_top
+from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from arcquant_ref.quantize import exact_values
+
+
+def test_the_constants_are_the_published_fractions():
+    assert (Fraction(3, 17), Fraction(3, 100)) == (bounds.NVFP4, bounds.ARC)
+    assert (Fraction(1, 17), Fraction(1, 8)) == (bounds.MXFP8_CEILING, bounds.MXFP8_FLOOR)
+    assert (Fraction(1, 5), Fraction(1, 4)) == (bounds.MXFP4_CEILING, bounds.MXFP4_FLOOR)
+    assert Fraction(791, 10000) < bounds.PAPER_ARC < Fraction(792, 10000)
+
+
+@every_backend
+@given(x=matrices(), tensor_scale=tensor_scales)
+@example(x=np.full((1, BLOCK), 0.015625, np.float32), tensor_scale=1.0)
+def test_every_element_stays_within_its_bound(backend, x, tensor_scale):
+    check = bounds.check(x, backend.quantize(x, tensor_scale))
+    target(check.worst_ratio)
+    assert check.holds, check
+
+
+@pytest.mark.parametrize("tensor_scale", [1.0, 2.0**-126, 2.0**-100 * 1.1, 1 / 3])
+def test_bounds_hold_around_every_scale_threshold(tensor_scale):
+    """Block amax ± 1 ulp at every E4M3 midpoint, every value and the floor; elements at every E2M1 threshold,
+    ± 1 ulp. Plain and with a residual."""
+    thresholds = np.concatenate(
+        [E4M3.midpoints, E4M3.magnitudes[1:], E4M3.midpoints[:3] / 2, [460, 600, 5000]]
+    )
+    amax = neighbours((6 * thresholds * tensor_scale).astype(np.float32))
+    step = exact_steps(amax, tensor_scale)
+    x = np.concatenate([np.float32(m) * step for m in (*E2M1.midpoints, 0.1, 5.2, 5.7)])
+    x = neighbours(x).reshape(-1, len(amax)).T
+    x = np.minimum(np.abs(x), amax[:, None])
+    x = np.concatenate([amax[:, None], x, np.zeros((len(amax), -(x.shape[1] + 1) % 15), np.float32)], axis=1)
+    rows = np.concatenate(
+        [np.repeat(amax[:, None], x.shape[1] // 15, 1)[..., None], x.reshape(len(x), -1, 15)], axis=2
+    )
+    rows = rows.reshape(-1, BLOCK)
+    selection = select_top(np.ones(BLOCK), BLOCK)
+    plain = bounds.check(rows, quantize(rows, tensor_scale))
+    assert plain.holds, plain
+    arc = bounds.check(rows, augment_activations(rows, selection, tensor_scale), selection)
+    assert arc.holds, arc
+
+
+def exact_steps(amax, tensor_scale):
+    q = quantize(np.repeat(amax[:, None], BLOCK, axis=1), tensor_scale)
+    return E4M3.values[q.block_scales[:, 0]] * np.float32(tensor_scale)
+
+
+def test_the_constants_are_nearly_attained_by_bf16():
+    """Every bf16 amax of one binade of scales, every bf16 element below it, exhaustively."""
+    x = finite_bf16()
+    binade = x[(x >= 6) & (x < 12)]
+    worst_nvfp4 = worst_arc = 0.0
+    for amax in binade:
+        elements = x[(x >= 0) & (x <= amax)]
+        blocks = np.full((-(-len(elements) // 15), 15), 0, np.float32)
+        blocks.flat[: len(elements)] = elements
+        blocks = np.concatenate([np.full((len(blocks), 1), amax), blocks], axis=1)
+        q = quantize(blocks, 1)
+        worst_nvfp4 = max(worst_nvfp4, np.abs(exact_values(q) - blocks).max() / amax)
+    for amax in binade:  # the second block: the largest residual alone decides its scale
+        elements = x[(x >= amax / 2) & (x <= amax)]
+        for r in elements[:: max(1, len(elements) // 64)]:
+            block = np.array([[amax, r] + [0] * 14], np.float32)
+            check = bounds.check(block, augment_activations(block, ALL, 1), ALL)
+            worst_arc = max(worst_arc, abs(check.true - check.got) / amax)
+    assert worst_nvfp4 < bounds.NVFP4
+    assert worst_nvfp4 > 0.1756
+    assert worst_arc < bounds.ARC
+
+
+ALL = select_top(np.ones(BLOCK), BLOCK)
+
+
+def sharp_arc_block(amax: float) -> np.ndarray:
+    """amax just above 6 · 1.5625 gets scale 1.625; an element 5 · 1.625 leaves the residual 1.625, of scale
+    0.28125; a second one leaves 5 · 0.28125, a midpoint of it."""
+    scale, second = 1.625, 0.28125
+    return np.float32([[amax, 5 * scale, 4 * scale + 5 * second] + [0] * 13])
+
+
+def test_the_arc_bound_is_sharp_and_a_code_off_by_one_breaks_it():
+    x = sharp_arc_block(np.nextafter(np.float32(6 * 1.5625), np.float32(10)))
+    q = augment_activations(x, ALL, 1)
+    check = bounds.check(x, q, ALL)
+    assert 0.9999 < check.worst_ratio <= 1
+    assert abs(check.true - check.got) / x.max() > 0.02999
+    assert q.codes[0, BLOCK + 2] == 6  # 5 is halfway between 4 and 6, codes 6 and 7
+    for code in (5, 4, 0, 14):
+        wrong = q.map(np.copy)
+        wrong.codes[0, BLOCK + 2] = code
+        assert not bounds.check(x, wrong, ALL).holds
+
+
+def test_at_most_one_step_is_false_for_subnormal_scales():
+    x = np.full((1, BLOCK), 0.015625, np.float32)
+    q = quantize(x, 1)
+    step = E4M3.values[q.block_scales.item()]
+    assert np.abs(dequantize(q) - x).max() == 2 * step
+    assert bounds.check(x, q).holds
+
+
+@given(st.floats(0, 1e6, width=32), st.floats(0, 1e6, width=32), st.sampled_from([1.0, 1e-3, 2.0**-126]))
+def test_bounds_do_not_decrease_with_amax(a, b, tensor_scale):
+    small, large = sorted([a, b])
+    assert bounds.nvfp4_bound(small, tensor_scale) <= bounds.nvfp4_bound(large, tensor_scale)
+    assert bounds.arc_bound(large, tensor_scale) <= bounds.nvfp4_bound(large, tensor_scale)
+
+
+RULES = {
+    (baselines.mxfp8, baselines.ceiling_exponent): bounds.MXFP8_CEILING,
+    (baselines.mxfp8, baselines.floor_exponent): bounds.MXFP8_FLOOR,
+    (baselines.mxfp4, baselines.ceiling_exponent): bounds.MXFP4_CEILING,
+    (baselines.mxfp4, baselines.floor_exponent): bounds.MXFP4_FLOOR,
+}
+
+
+@pytest.mark.parametrize(("mx", "rule"), RULES)
+def test_mx_bounds_hold_and_are_nearly_attained_over_all_bf16_amax_and_elements(mx, rule):
+    """One binade of amax is enough: powers of two commute."""
+    x = finite_bf16()
+    amaxes = x[(x >= 256) & (x < 512)].astype(np.float64)
+    elements = x[(x >= 0) & (x < 512)]
+    worst = 0.0
+    for amax in amaxes:
+        below = elements[elements <= amax]
+        rows = np.full((-(-len(below) // 31), 32), amax, np.float32)
+        padded = np.resize(below, len(rows) * 31).reshape(-1, 31)
+        rows[:, 1:] = padded
+        worst = max(worst, np.abs(mx(rows, rule).astype(np.float64) - rows).max() / amax)
+    assert float(RULES[mx, rule]) * 0.97 < worst <= float(RULES[mx, rule])
+
+
+@given(matrices(blocks_along_k=2), matrices(blocks_along_k=2))
+def test_output_bound(x, w):
+    x, w = np.clip(x, -1e4, 1e4), np.clip(w, -1e4, 1e4)
+    selection = select_top(np.abs(x).max(axis=0), BLOCK)
+    q = augment_activations(x, selection)
+    w_hat = dequantize(quantize(w[:, selection.order]))[:, np.argsort(selection.order)]
+    x_bounds = bounds.element_bounds(x, q.tensor_scale, selection)
+    check = bounds.check_output(x, w, linear(x, w, selection), x_bounds, w_hat)
+    assert check.holds, check
+    far = linear(x, w, selection) + 3 * (bounds.output_bounds(x, w, x_bounds, w_hat) + 1)
+    assert not bounds.check_output(x, w, far, x_bounds, w_hat).holds
+
+
+def test_worst_reports_the_witness_and_nan_is_a_violation():
+    true, got = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 2.5], [3.0, 4.25]])
+    check = bounds.worst(true, got, np.array([[1.0, 1.0], [1.0, 0.25]]))
+    assert check == bounds.Check(worst_ratio=1.0, index=(1, 1), true=4.0, got=4.25, bound=0.25)
+    got[0, 0] = np.nan
+    assert not bounds.worst(true, got, np.ones((2, 2))).holds
+    assert bounds.worst(true, true, np.zeros((2, 2))).worst_ratio == 0

@@ -1,0 +1,225 @@
+"""Every command the way a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from support import assert_same_tensor
+
+import arcquant_ref as aq
+from arcquant_ref import NVFP4Tensor, Selection
+from arcquant_ref.cli import main, read_matrix
+
+X = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", X)
+
+
+def run(capsys, line: str) -> str:
+    """stdout of a command that must succeed."""
+    assert main(line.split()) == 0
+    return capsys.readouterr().out
+
+
+def fails(capsys, line: str) -> str:
+    """The one line on stderr of a command that must exit with 2 and print nothing else."""
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("arcquant: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def test_demo_prints_a_table_per_layer_and_what_it_shows(capsys):
+    out = run(capsys, "demo")
+    for word in (
+        "attn_q",
+        "attn_output",
+        "ffn_up",
+        "ffn_down",
+        "NVFP4",
+        "ARC",
+        "W4A8",
+        "W4A16",
+        "none violated",
+    ):
+        assert word in out
+    assert out.count("worst error / bound") == 4
+
+
+def test_demo_as_json_and_as_a_picture(capsys):
+    rows = json.loads(run(capsys, "demo --json --plot demo.png"))
+    assert len(rows) == 16
+    assert all(row["output_ratio"] <= 1 for row in rows)
+    with open("demo.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_select_quantize_dequantize_and_bounds_together(capsys):
+    x = X.copy()
+    x[:, 7] *= 40
+    np.save("x.npy", x)
+    assert "S = 16" in run(capsys, "select x.npy -o s.safetensors")
+    run(capsys, "quantize x.npy -o q.safetensors")
+    assert_same_tensor(NVFP4Tensor.load("q.safetensors"), aq.quantize(x))
+    run(capsys, "dequantize q.safetensors -o back.npy")
+    np.testing.assert_array_equal(np.load("back.npy"), aq.dequantize(aq.quantize(x)))
+    selection = Selection.load("s.safetensors")
+    run(capsys, "quantize x.npy --selection s.safetensors --operand activations -o a.safetensors")
+    assert_same_tensor(NVFP4Tensor.load("a.safetensors"), aq.augment_activations(x, selection))
+    run(capsys, "quantize x.npy --selection s.safetensors --operand weights -o w.safetensors")
+    assert_same_tensor(NVFP4Tensor.load("w.safetensors"), aq.augment_weights(x, selection))
+    run(capsys, "quantize x.npy --tensor-scale 0.5 -o q.safetensors")
+    assert_same_tensor(NVFP4Tensor.load("q.safetensors"), aq.quantize(x, 0.5))
+    assert "worst error / bound" in run(capsys, "bounds x.npy")
+    assert json.loads(run(capsys, "bounds x.npy --selection s.safetensors --json"))["holds"]
+
+
+def test_select_reads_batches_and_takes_rules(capsys):
+    np.save("y.npy", 100 * X[:, ::-1])
+    selected = json.loads(run(capsys, "select x.npy y.npy --tau 0.5 --multiple 32 --json"))
+    expected = aq.select(aq.calibrate([X, 100 * X[:, ::-1]]), 0.5, 32)
+    assert selected["num_residual"] == expected.num_residual
+    assert selected["residual_channels"] == expected.order[64 - expected.num_residual :].tolist()
+    assert json.loads(run(capsys, "select x.npy --num-residual 48 --json"))["num_residual"] == 48
+
+
+def test_bounds_prints_the_constants(capsys):
+    out = run(capsys, "bounds")
+    for fraction in ("3/17", "3/100", "1/17", "81/1024"):
+        assert fraction in out
+    assert json.loads(run(capsys, "bounds --json"))["NVFP4"] == {"bound": 3 / 17, "paper": None}
+
+
+def test_info_says_what_is_usable_and_why_not(capsys):
+    info = json.loads(run(capsys, "info --json"))
+    assert info["backends"]["reference"] == "usable"
+    assert set(info["backends"]) == {"reference", "emulator", "gpu"}
+    assert info["packages"]["numpy"] == np.__version__
+    assert "Apache-2.0" in info["sample"]["model"]
+    assert "backends:" in run(capsys, "info")
+
+
+def test_matrices_are_read_from_every_kind_of_file():
+    np.savez("one.npz", X)
+    np.savez("two.npz", first=X, second=2 * X)
+    safetensors.numpy.save_file({"w": X, "ids": np.arange(3)}, "w.safetensors")
+    for name, expected in {"x.npy": X, "one.npz": X, "two.npz:second": 2 * X, "w.safetensors:w": X}.items():
+        np.testing.assert_array_equal(read_matrix(name), expected)
+    bits = X.view(np.uint32) >> 16
+    spec = safetensors.TensorSpec(
+        dtype="bfloat16", shape=X.shape, data_ptr=(b := bits.astype(np.uint16)).ctypes.data, data_len=b.nbytes
+    )
+    with open("bf16.safetensors", "wb") as file:
+        file.write(safetensors.serialize({"w": spec}))
+    np.testing.assert_array_equal(read_matrix("bf16.safetensors"), (bits << 16).view(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((2, 32), np.nan), "64 of 64 elements are NaN"),
+        (np.ones((2, 30)), "x has K=30, which is not a multiple of the block size 16"),
+        (np.ones(32), "x has shape (32,); it must be a matrix"),
+        (np.ones((2, 32), int), "x has dtype int64"),
+        (np.ones((0, 32)), "no elements"),
+        (np.full((2, 32), 1e39), "beyond float32"),
+    ],
+)
+def test_bad_matrices(capsys, array, message):
+    np.save("bad.npy", array)
+    commands = ["quantize bad.npy -o q.safetensors", "select bad.npy -o q.safetensors", "bounds bad.npy"]
+    for command in commands:
+        assert message.removeprefix("x ") in fails(capsys, command)
+    assert not os.path.exists("q.safetensors")
+
+
+def test_bad_files_and_options(capsys):
+    np.savez("two.npz", first=X, second=X)
+    main(["quantize", "x.npy", "-o", "q.safetensors"])
+    main(["select", "x.npy", "-o", "s.safetensors"])
+    np.save("narrow.npy", X[:, :32])
+    bad_scale = NVFP4Tensor.load("q.safetensors").map(np.copy)
+    bad_scale.block_scales[0, 0] = 0x7F
+    bad_scale.save("nan.safetensors")
+    with open("text.npy", "w") as file:
+        file.write("no array")
+    capsys.readouterr()
+    for line, message in {
+        "quantize absent.npy -o q": "No such file",
+        "quantize text.npy -o q": "text.npy is damaged or not a .npy file",
+        "quantize x.csv -o q": "'.csv'; a matrix is read from .npy, .npz or .safetensors",
+        "quantize two.npz -o q": "two.npz holds first, second; name one of them: two.npz:NAME",
+        "quantize two.npz:third -o q": "two.npz holds first, second",
+        "quantize x.npy --tensor-scale 0 -o q": "tensor_scale=0.0 is not a positive",
+        "quantize x.npy --tensor-scale nan -o q": "tensor_scale=nan is not a positive",
+        "quantize x.npy --operand weights -o q": "--operand weights needs --selection",
+        "quantize x.npy --selection s.safetensors -o q": "--selection needs --operand",
+        "quantize narrow.npy --selection s.safetensors --operand weights -o q": "made for K=64 but",
+        "quantize x.npy --selection q.safetensors --operand weights -o q": "not a nvfp4-selection file",
+        "dequantize x.npy -o y.npy": "x.npy is damaged or not a safetensors file",
+        "dequantize s.safetensors -o y.npy": "not a nvfp4 file",
+        "dequantize nan.safetensors -o y.npy": "1 block scales are NaN",
+        "select x.npy narrow.npy": "batches[1] has K=32 but the batches before it have K=64",
+        "select x.npy --num-residual 20": "num_residual=20 must be a multiple of 16",
+        "select x.npy --tau 2": "tau=2.0 must be a number from 0 to 1",
+        "select x.npy --multiple 10": "multiple=10 must be a positive multiple",
+        "bounds narrow.npy --selection s.safetensors": "made for K=64 but x has K=32",
+        "demo --sample two.npz": "two.npz is not a sample",
+        "demo --sample absent.npz": "No such file",
+        "quantize x.npy -o absent/q": "No such file",
+    }.items():
+        assert message in fails(capsys, line), line
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match=r"tensor_scale=0\.0"):
+        main(["quantize", "x.npy", "--tensor-scale", "0", "-o", "q", "--debug"])
+
+
+def test_a_violated_bound_exits_with_1(capsys, monkeypatch):
+    monkeypatch.setattr("arcquant_ref.bounds.ROUNDING_RELATIVE", -0.5)
+    assert main(["bounds", "x.npy"]) == 1
+    assert main(["demo"]) == 1
+    assert "BOUND VIOLATED: NVFP4 in blk.12.attn_q" in capsys.readouterr().out
+
+
+def test_as_a_process():
+    command = [sys.executable, "-m", "arcquant_ref"]
+    wrong = subprocess.run([*command, "quantize", "absent.npy", "-o", "q"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "arcquant: [Errno 2] No such file or directory: 'absent.npy'\n"
+    assert (
+        subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == "arcquant 0.1.0\n"
+    )
+    assert subprocess.run([*command, "unknown"], capture_output=True).returncode == 2
+
+
+def test_ctrl_c_leaves_no_half_written_file():
+    command = [sys.executable, "-m", "arcquant_ref", "demo", "--plot", "demo.png"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    process.stdout.readline()  # the table is coming: the picture is being drawn
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "arcquant: interrupted" in err
+    assert os.listdir() == ["x.npy"]

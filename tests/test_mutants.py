@@ -1,0 +1,99 @@
+"""Planted bugs: each of these one-line changes to the core must make the tests of the core fail.
+
+Runs in the profiles ci and thorough; `CI=1 pytest tests/test_mutants.py` runs it alone.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = ("formats", "layout", "tensor", "quantize", "select", "augment", "gemm", "bounds", "baselines")
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+
+MUTANTS = [
+    ("formats", "ties_down % 2 == 0, ties_down, ties_up", "True, ties_down, ties_up"),  # ties toward zero
+    ("formats", "ties_down % 2 == 0, ties_down, ties_up", "True, ties_up, ties_up"),  # ties away
+    ("formats", "ties_down % 2 == 0", "ties_down % 2 == 1"),  # ties to odd
+    ("formats", "np.signbit(x).astype(np.uint8)", "(x < 0).astype(np.uint8)"),  # −0 loses its sign
+    ("formats", "np.maximum(exponent, 1) - self.bias", "exponent - self.bias"),  # subnormals halved
+    ("formats", "mantissa_bits=3, nan_codes=1", "mantissa_bits=3, nan_codes=0"),  # E4M3 up to 480
+    ("layout", "high, E2M1.bits", "low, E2M1.bits"),
+    ("layout", "return low | ", "return high | "),
+    ("layout", "(row % 32) * 16 + (row % TILE_ROWS // 32) * 4", "(row % TILE_ROWS) * 4"),  # rows in order
+    ("layout", "np.zeros(size, np.uint8)", "np.full(size, 255, np.uint8)"),  # padding
+    ("tensor", "layout.pack(self.codes)", "layout.pack(self.codes[:, ::-1])"),
+    ("quantize", "np.abs(x).max()\n", "x.max()\n"),  # signed tensor amax
+    ("quantize", "np.abs(x).max(axis=-1)", "x.max(axis=-1)"),  # signed block amax
+    ("quantize", "amax / F32(E2M1.max) / tensor_scale", "amax / (F32(E2M1.max) * tensor_scale)"),  # order
+    ("quantize", "amax / F32(E2M1.max) / tensor_scale", "amax * (F32(1) / F32(E2M1.max)) / tensor_scale"),
+    ("quantize", "x / step[..., None]", "x * (F32(1) / step[..., None])"),  # reciprocal
+    ("quantize", "x / step[..., None]", "x / tensor_scale / decode(E4M3, block_scales)[..., None]"),  # order
+    ("quantize", "F32(E4M3.least_subnormal)", "F32(E4M3.least_normal)"),  # floor of other libraries
+    ("quantize", "F32(E4M3.least_subnormal)", "F32(0)"),  # no floor
+    ("quantize", "LEAST_NORMAL)\n", "F32(0))\n"),  # subnormal tensor scales
+    ("quantize", "        return F32(1)\n", "        return LEAST_NORMAL\n"),  # all-zero tensor
+    ("quantize", "(x - exact_values(q)).astype(np.float32)", "x - dequantize(q)"),  # residual rounded twice
+    ("quantize", "(x - exact_values(q))", "(exact_values(q) - x)"),  # sign of the residual
+    ("select", "(amax > checks", "(amax >= checks"),  # a channel at τ
+    ("select", 'kind="stable"', 'kind="stable")[::-1].copy('),  # outliers first
+    ("select", "np.maximum(amax, batch_amax)", "batch_amax"),  # calibration forgets
+    ("augment", "primary.tensor_scale)\n    extra", "np.float32(1))\n    extra"),
+    ("augment", "residual(reordered, primary)[:, outliers]", "reordered[:, outliers] * np.float32(0)"),
+    ("augment", "residual(reordered, primary)[:, outliers]", "residual(x, primary)[:, outliers]"),
+    (
+        "augment",
+        "np.stack([n - s // BLOCK + appended, n + appended], axis=1)",
+        "np.stack([n + appended, n - s // BLOCK + appended], axis=1)",
+    ),
+    ("augment", "pairs.ravel()", "pairs.ravel(order='F')"),  # not interleaved
+    ("augment", "quantize(w[:, selection.order])", "quantize(w)"),
+    (
+        "gemm",
+        "(E2M1.least_subnormal * E4M3.least_subnormal) ** 2",
+        "E2M1.least_subnormal * E4M3.least_subnormal",
+    ),
+    ("gemm", "if exact > nearest else", "if exact < nearest else"),
+    ("gemm", "    for i in zip(*np.nonzero(doubtful)):", "    for i in []:"),  # Ziv's test left out
+    ("bounds", "if midpoint >= Fraction(E4M3.least_normal)", "if midpoint >= 0"),
+    ("bounds", "E2M1.max * half_spacing)", "half_spacing)"),  # "at most one step"
+    ("bounds", "np.maximum(bound, a - E2M1.max * E4M3.max)", "bound"),  # saturation
+    ("bounds", "float(ARC) * amax", "float(NVFP4**2) * amax"),  # valid, but not sharp
+    ("bounds", "nan=np.inf", "nan=0.0"),
+    ("baselines", "fraction > max_fraction", "fraction >= max_fraction"),
+    ("baselines", "- int(np.frexp(fmt.max)[1])", "- int(np.frexp(fmt.max)[1]) + 1"),
+]
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="runs in CI: every mutant is a test run of its own")
+@pytest.mark.parametrize(("module", "old", "new"), MUTANTS, ids=[f"{m}: {n.strip()}" for m, _, n in MUTANTS])
+def test_the_mutant_is_caught(module, old, new, tmp_path):
+    for folder in ("arcquant_ref", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "arcquant_ref" / f"{module}.py"
+    source = path.read_text()
+    assert source.count(old) == 1, "the line to change has moved: update MUTANTS"
+    path.write_text(source.replace(old, new))
+    tests = [f"tests/test_{name}.py" for name in FILES]
+    command = [*PYTEST, "--hypothesis-profile", "mutants", *tests]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert done.returncode == 1, done.stdout[-2000:]
+
+
+def test_without_a_mutant_the_copied_tests_pass(tmp_path):
+    """Or every mutant above would be caught by the copying."""
+    for folder in ("arcquant_ref", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    command = [*PYTEST, "tests/test_layout.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+    )
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,99 @@
+"""The project around the code: lint, types, imports, the two commands, numbers in the documents."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import optional
+
+ROOT = Path(__file__).parent.parent
+CORE = ("formats", "tensor", "layout", "quantize", "select", "augment", "gemm", "bounds", "checks")
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
+def test_lint_and_types(command):
+    done = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_brings_in_nothing_heavy():
+    code = "import sys, arcquant_ref; print(*sys.modules)"
+    modules = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split())
+    assert "arcquant_ref.bounds" in modules
+    assert not modules & {"torch", "numba", "cupy", "matplotlib", "ml_dtypes"}
+
+
+def test_the_core_imports_numpy_and_safetensors_only_and_leftwards():
+    order = ["checks", "formats", "layout", "tensor", "quantize", "select", "augment", "gemm", "bounds"]
+    assert set(order) == set(CORE)
+    for name in CORE:
+        for node in ast.walk(ast.parse((ROOT / f"arcquant_ref/{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(order.index(other) < order.index(name) for other in imported), (name, imported)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                top = module.split(".")[0]
+                assert top in {"numpy", "safetensors"} | sys.stdlib_module_names, (name, top)
+
+
+def test_the_constants_of_the_formats_are_typed_nowhere():
+    """6, 448, 2688 and the E2M1 grid follow from the widths."""
+    for name in CORE:
+        tree = ast.parse((ROOT / f"arcquant_ref/{name}.py").read_text())
+        numbers = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        typed = {n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)}
+        assert not typed & {6, 448, 2688, 0.5, 1.5, 3.5, 2.5, 0.25, 0.75, 1.25, 1.75, 464, 127}, name
+
+
+def test_ci_runs_the_command_of_the_readme():
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    demo, test = commands
+    assert demo.endswith("/arcquant demo")
+    assert test.endswith("/pytest")
+    assert test in (ROOT / ".ci/run").read_text()
+
+
+def test_the_readme_shows_what_the_demo_prints():
+    from arcquant_ref import demo, sample
+
+    layers = sample.load_sample()
+    rows = [demo.run(layer) for layer in layers]
+    shown = [demo.table(layer, group) for layer, group in zip(layers, rows)]
+    shown.append(demo.summary(row for group in rows for row in group))
+    text = README.replace("\n", " ")
+    for part in shown:
+        assert " ".join(part.split()) in " ".join(text.split())
+
+
+def test_every_deviation_has_a_test_of_that_name():
+    page = (ROOT / "docs/deviations.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    tests = set(re.findall(r"^def (test_\w+)", (ROOT / "tests/test_deviations.py").read_text(), re.MULTILINE))
+    assert named == tests
+
+
+def test_links_inside_the_documents_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_versions_agree():
+    yaml = (ROOT / "CITATION.cff").read_text()
+    import arcquant_ref
+
+    assert f"version: {arcquant_ref.__version__}" in yaml
+    assert f"## {arcquant_ref.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_citation_file_is_yaml_with_the_sources():
+    yaml = optional("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert len(citation["references"]) >= 3
