@@ -17,8 +17,9 @@ from tqdm import tqdm
 from . import __version__ as VERSION
 from . import backends, bounds, demo, sample
 from .augment import augment_activations, augment_weights
+from .formats import BLOCK
 from .quantize import dequantize, quantize
-from .select import Selection, calibrate, select, select_top
+from .select import TAU, Selection, calibrate, select, select_top
 from .tensor import NVFP4Tensor, written_whole
 
 
@@ -258,9 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     p = command("select", run_select, "calibrate on activations and choose the residual channels", as_json)
     p.add_argument("calibration", nargs="+", help=f"(rows, K) activations: {matrix_help}")
     p.add_argument(
-        "--tau", type=float, default=1 / 8, help="outliers are above tau times the maximum (default 1/8)"
+        "--tau", type=float, default=TAU, help="outliers are above tau times the maximum (default 1/8)"
     )
-    p.add_argument("--multiple", type=int, default=16, help="round S up to this multiple (default 16)")
+    p.add_argument("--multiple", type=int, default=BLOCK, help="round S up to this multiple (default 16)")
     p.add_argument("--num-residual", type=int, metavar="S", help="a fixed S instead of the tau rule")
     p.add_argument("-o", "--output", type=Path, metavar="FILE.safetensors", help="save the selection")
 

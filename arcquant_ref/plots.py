@@ -11,11 +11,10 @@ from tqdm import tqdm
 from . import demo
 from .formats import BLOCK
 from .sample import Layer
-from .select import calibrate, select, select_top
+from .select import TAU, calibrate, select, select_top
 
 matplotlib.use("Agg")  # files only: no display needed
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colour-blind-safe set
-TAU = 1 / 8
 
 
 def demo_figure(layers: Sequence[Layer]) -> Figure:
@@ -50,7 +49,7 @@ def _channels(axes: Axes, layer: Layer) -> None:
 
 def _error_against_s(axes: Axes, layer: Layer) -> None:
     x, w = layer.evaluation, layer.weight
-    chosen = select(calibrate([layer.calibration]), tau=TAU)
+    chosen = select(calibrate([layer.calibration]))
     k = chosen.K
     sizes = sorted(
         {0, BLOCK, 2 * BLOCK, *(k * i // 8 // BLOCK * BLOCK for i in range(1, 9)), chosen.num_residual}

@@ -11,6 +11,8 @@ from . import checks
 from .formats import BLOCK, E2M1, E4M3, Float32
 from .tensor import load_arrays, save_arrays
 
+TAU = 2.0**-3  # E5M2, an 8-bit float, has three exponent bits more than E2M1 (arXiv 2601.07475)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Selection:
@@ -96,12 +98,11 @@ def calibrate(batches: Iterable[ArrayLike]) -> Float32:
     return amax
 
 
-def select(channel_amax: ArrayLike, tau: float = 1 / 8, multiple: int = BLOCK) -> Selection:
+def select(channel_amax: ArrayLike, tau: float = TAU, multiple: int = BLOCK) -> Selection:
     """The paper's rule: channels above tau · max are outliers; S is their number, rounded up to `multiple`.
 
-    tau = 2⁻³ because E5M2 has three exponent bits more than E2M1 (arXiv 2601.07475); the authors' code
-    uses multiple = 64. S is at most K. Raises ValueError for a bad channel_amax, tau outside 0 … 1 or
-    multiple not a multiple of 16.
+    The authors' code uses multiple = 64. S is at most K. Raises ValueError for a bad channel_amax, tau
+    outside 0 … 1 or multiple not a multiple of 16.
 
     >>> amax = np.ones(32); amax[5] = 100
     >>> s = select(amax)
