@@ -39,6 +39,45 @@ def test_equals_the_rational_restatement(backend, x, tensor_scale):
             assert (codes[block].tolist(), int(scale)) == expected
 
 
+ODD_SCALES = [1.0, 1 / 3, 0.0007, 12.5, 2.0**-126 * 1.7, 1.1e20]
+
+
+def around(x: np.ndarray, ulps: int) -> np.ndarray:
+    """Every float32 within so many ulps of each x > 0."""
+    return (
+        (x.astype(np.float32).view(np.int32) + np.arange(-ulps, ulps + 1)[:, None])
+        .astype(np.int32)
+        .view(np.float32)
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("tensor_scale", ODD_SCALES)
+def test_block_scales_around_every_threshold(backend, tensor_scale):
+    """Any other order of amax / 6 / tensor_scale moves some amax, a few ulps off, to another block scale."""
+    ts = np.float32(tensor_scale)
+    amax = around(6 * E4M3.midpoints * ts, 3).ravel()
+    got = backend.quantize(np.repeat(amax[:, None], BLOCK, axis=1), ts).block_scales[:, 0]
+    for a, scale in zip(amax, got):
+        v = exact.fl(exact.fl(Fraction(float(a)) / 6) / Fraction(float(ts)))
+        assert exact.decode(2, int(scale)) == exact.e4m3(max(v, Fraction(1, 512))), f"amax {a!r}"
+
+
+@every_backend
+@pytest.mark.parametrize("tensor_scale", ODD_SCALES)
+def test_codes_around_every_threshold(backend, tensor_scale):
+    """Any other way to x / step moves some element, an ulp off, to another code."""
+    ts = np.float32(tensor_scale)
+    for scale in (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875, 3 * 2.0**-9):
+        step = Fraction(float(np.float32(scale) * ts))
+        x = around(E2M1.midpoints * np.float32(step), 1).ravel()
+        rows = np.full((len(x), BLOCK), 6 * np.float32(step), np.float32)
+        rows[:, 0] = x
+        for element, codes in zip(x, backend.quantize(rows, ts).codes):
+            expected = exact.e2m1(exact.fl(Fraction(float(element)) / step))
+            assert exact.decode(int(codes[0]), 0x38) == expected, f"element {element!r}, step {float(step)!r}"
+
+
 @every_backend
 @given(x=matrices(), tensor_scale=tensor_scales)
 def test_equals_comfy_kitchen_where_no_scale_is_floored(backend, x, tensor_scale):
