@@ -18,6 +18,7 @@ def augment_activations(x: ArrayLike, selection: Selection, tensor_scale: float 
     another K. Source: arXiv 2601.07475.
     """
     x = checks.matrix("x", x, BLOCK)
+    checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     checks.selection_fits("x", x.shape[1], selection.K)
     reordered = x[:, selection.order]
     primary = quantize(reordered, tensor_scale)
@@ -38,6 +39,7 @@ def augment_weights(w: ArrayLike, selection: Selection) -> NVFP4Tensor:
     Arguments and errors as in `augment_activations`.
     """
     w = checks.matrix("w", w, BLOCK)
+    checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     checks.selection_fits("w", w.shape[1], selection.K)
     primary = quantize(w[:, selection.order])
     if selection.num_residual == 0:
@@ -58,8 +60,11 @@ def interleave(primary: NVFP4Tensor, extra: NVFP4Tensor) -> NVFP4Tensor:
 
 
 def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor | None]:
-    """The inverse of `interleave`: the primary tensor (M, K) and the appended one (M, S), None for S = 0."""
-    num_residual = checks.num_residual(num_residual, q.shape[1] // 2, BLOCK)
+    """The inverse of `interleave`: the primary tensor (M, K) and the appended one (M, S), None for S = 0.
+
+    Raises ValueError for an S that no K + S of this depth can have.
+    """
+    num_residual = checks.num_residual(num_residual, q.shape[1] // 2 // BLOCK * BLOCK, BLOCK)
     if num_residual == 0:
         return q, None
     k = q.shape[1] - num_residual
@@ -73,8 +78,11 @@ def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor |
 
 
 def merge(q: NVFP4Tensor, selection: Selection) -> Float64:
-    """The activations the GEMM sees, (M, K) in the original channel order: primary plus residual, exact."""
-    checks.selection_fits("q, less its residual channels,", q.shape[1] - selection.num_residual, selection.K)
+    """The activations the GEMM sees, (M, K) float64 in the original channel order: primary plus residual.
+
+    Raises ValueError for a q that was not augmented with this selection's K and S.
+    """
+    checks.augmented(q.shape[1], selection.K, selection.num_residual)
     primary, extra = split(q, selection.num_residual)
     values = exact_values(primary)
     if extra is not None:

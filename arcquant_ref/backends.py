@@ -40,8 +40,8 @@ def get(name: str) -> Backend:
         raise ValueError(f"backend={name!r} is not one of {', '.join(MODULES)}.")
     try:
         module = importlib.import_module(MODULES[name])
-    except ImportError as error:
-        raise ImportError(f"backend {name!r} cannot be imported: {error}.") from error
+    except Exception as error:  # whatever a broken installation raises is the reason
+        raise ImportError(f"backend {name!r} is not usable here: {error}.") from error
     _refuse_a_stranger(module)
     return cast(Backend, module)
 

@@ -10,6 +10,7 @@ from .formats import E2M1, E4M3, E8M0, Float32, Float64, FloatFormat, decode, en
 
 MX_BLOCK = 32  # neighbours along K that share one E8M0 scale
 ExponentRule = Callable[[Float64, FloatFormat], NDArray[np.int64]]
+INT4_GROUP = 128  # neighbours along K that share one float32 scale
 INT4_MAX = 7  # symmetric: −8 is not used
 MXFP8_BITS = E4M3.bits + E8M0.bits / MX_BLOCK
 
@@ -50,20 +51,21 @@ def _mx(x: ArrayLike, fmt: FloatFormat, exponent_rule: ExponentRule) -> Float32:
     amax = np.abs(blocks).max(axis=-1, keepdims=True)
     exponent = np.clip(exponent_rule(amax, fmt), -E8M0.bias, E8M0.bias)
     nearest = decode(fmt, encode(fmt, np.ldexp(blocks, -exponent)))
-    values: Float32 = np.ldexp(nearest.astype(np.float64), exponent).astype(np.float32)
+    with np.errstate(over="ignore"):  # at the very top of float32 the nearest value is 2¹²⁸, that is inf
+        values: Float32 = np.ldexp(nearest.astype(np.float64), exponent).astype(np.float32)
     return values.reshape(x.shape)
 
 
-def int4(x: ArrayLike, group: int = 128) -> Float32:
-    """(M, K) → the nearest of −7 … 7 times amax / 7, per group along K; the last group may be shorter.
+def int4(x: ArrayLike) -> Float32:
+    """(M, K) → the nearest of −7 … 7 times amax / 7, 128 along K to a scale; the last group may be shorter.
 
     >>> int4(np.float32([[7, 2.4] + [0] * 14]))[0, :2]
     array([7., 2.], dtype=float32)
     """
     x = checks.matrix("x", x, 1)
     pieces = []
-    for start in range(0, x.shape[1], group):
-        piece = x[:, start : start + group]
+    for start in range(0, x.shape[1], INT4_GROUP):
+        piece = x[:, start : start + INT4_GROUP]
         step = np.abs(piece).max(axis=1, keepdims=True) / np.float32(INT4_MAX)
         step[step == 0] = 1
         pieces.append(np.clip(np.rint(piece / step), -INT4_MAX, INT4_MAX) * step)

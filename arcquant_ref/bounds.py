@@ -83,7 +83,7 @@ MXFP4_FLOOR = _supremum_mx(E2M1, *_floor_range(E2M1))  # 1/4, not attained
 PAPER_ARC = Fraction(9, 8) ** 2 / 2**4  # sup α₁α₂ · ε₈, arXiv 2601.07475
 PAPER_MXFP8 = Fraction(2) / 2**4  # sup α · ε₈
 
-# Float32 rounding, generously. Relative: the quotient x / step and its step are each within 2⁻²⁴, which moves
+# Float32 rounding. Relative: the quotient x / step and its step are each within 2⁻²⁴, which moves
 # an element at the midpoint 5 by 10 · 2⁻²⁴ steps; amax / 6 / tensor_scale adds 2 · 2⁻²⁴ to the scale.
 # Absolute: below 2⁻¹²⁶ the same quantities are within 2⁻¹⁵⁰ and are scaled by at most 6 + 5.
 ROUNDING_RELATIVE = 2.0**-20
@@ -93,53 +93,63 @@ ROUNDING_ABSOLUTE = 2.0**-146
 def nvfp4_bound(amax: ArrayLike, tensor_scale: float | np.float32) -> Float64:
     """Largest |x − x̂| in a block without residual, from its amax and the tensor scale; any shape, float64.
 
-    In units of the tensor scale, v = amax / 6 / tensor_scale:
-      v >= 2⁻⁶            3/17 · amax, and at most one step of 448 before saturation: amax − 2688 beyond
-      2⁻⁹ <= v < 2⁻⁶      the scale is subnormal, off by up to 2⁻¹⁰: max(v + 2⁻¹⁰, 6 · 2⁻¹⁰)
-      v < 2⁻⁹             the scale is floored: 2⁻⁹, or amax if that is less
-    Non-decreasing in amax.
+    In units of the tensor scale, with a = amax and v = a / 6:
+      v >= 2⁻⁶            3/17 · a, but at most 448 (one step of the largest scale) or a − 2688 (saturated)
+      2⁻⁹ <= v < 2⁻⁶      the scale is subnormal, off by up to 2⁻¹⁰: max(min(v + 2⁻¹⁰, 2⁻⁶), 6 · 2⁻¹⁰)
+      v < 2⁻⁹             the scale is floored: 2⁻⁹, or a if that is less
+    Does not decrease with amax. Raises ValueError for a negative or non-finite amax or a bad tensor scale.
     """
-    a = np.asarray(amax, np.float64) / np.float64(tensor_scale)
-    v = a / E2M1.max
-    half_spacing = E4M3.least_subnormal / 2
-    normal = np.minimum(float(NVFP4) * a, E4M3.max)
-    subnormal = np.maximum(np.minimum(v + half_spacing, E4M3.least_normal), E2M1.max * half_spacing)
-    floored = np.minimum(a, E4M3.least_subnormal)
-    bound = np.where(v >= E4M3.least_normal, normal, np.where(v >= E4M3.least_subnormal, subnormal, floored))
-    bound = np.maximum(bound, a - E2M1.max * E4M3.max)
-    return bound * tensor_scale * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE
+    tensor_scale = checks.tensor_scale(tensor_scale)
+    a = checks.non_negative("amax", amax).astype(np.float64) / np.float64(tensor_scale)
+    return _in_real_units(_nvfp4_units(a), tensor_scale)
 
 
 def arc_bound(amax: ArrayLike, tensor_scale: float | np.float32) -> Float64:
     """Largest |x − x̂ − r̂| in a block with residual, from the amax of the primary block; any shape, float64.
 
-    3/100 · amax where both scales are sure to be normal (v >= 7 · 2⁻⁶) and nothing saturates, else the NVFP4
-    bound of the NVFP4 bound. Never above `nvfp4_bound`: zero is a code, so quantizing a residual cannot
-    enlarge it.
+    3/100 · amax where both scales are sure to be normal (6 · 2⁻⁶ <= v) and nothing saturates (v <= 448), else
+    the NVFP4 bound of the NVFP4 bound. Never above `nvfp4_bound`: zero is a code, so quantizing a residual
+    cannot enlarge it. Errors as there.
     """
-    amax = np.asarray(amax, np.float64)
-    first = nvfp4_bound(amax, tensor_scale)
-    v = amax / E2M1.max / np.float64(tensor_scale)
-    sharp = float(ARC) * amax * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE
-    both_normal = (v >= 7 * E4M3.least_normal) & (v <= E4M3.max)
-    return np.minimum(np.where(both_normal, sharp, nvfp4_bound(first, tensor_scale)), first)
+    tensor_scale = checks.tensor_scale(tensor_scale)
+    a = checks.non_negative("amax", amax).astype(np.float64) / np.float64(tensor_scale)
+    v, first = a / E2M1.max, _nvfp4_units(a)
+    both_normal = (v >= E2M1.max * E4M3.least_normal) & (v <= E4M3.max)
+    second = np.where(both_normal, float(ARC) * a, _nvfp4_units(first))
+    return _in_real_units(np.minimum(second, first), tensor_scale)
+
+
+def _nvfp4_units(a: Float64) -> Float64:
+    """The bound of an amax in units of the tensor scale, before float32 rounding."""
+    v, half_spacing = a / E2M1.max, E4M3.least_positive / 2
+    normal = np.minimum(float(NVFP4) * a, E4M3.max)
+    subnormal = np.maximum(np.minimum(v + half_spacing, E4M3.least_normal), E2M1.max * half_spacing)
+    floored = np.minimum(a, E4M3.least_positive)
+    bound = np.where(v >= E4M3.least_normal, normal, np.where(v >= E4M3.least_positive, subnormal, floored))
+    return np.maximum(bound, a - E2M1.max * E4M3.max)
+
+
+def _in_real_units(bound: Float64, tensor_scale: np.float32) -> Float64:
+    return bound * np.float64(tensor_scale) * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE
 
 
 def element_bounds(
     x: ArrayLike, tensor_scale: float | np.float32, selection: Selection | None = None
 ) -> Float64:
-    """Bound on the error of every element of x (M, K), in the original channel order.
+    """Bound on the error of every element of x (M, K), in the original channel order, (M, K) float64.
 
-    Without a selection x is quantized as it stands; with one it is augmented.
+    Without a selection x is quantized as it stands; with one it is augmented. Errors as in `quantize`;
+    ValueError for a selection made for another K.
     """
     x = checks.matrix("x", x, BLOCK)
     if selection is None:
         return np.repeat(nvfp4_bound(_block_amax(x), tensor_scale), BLOCK, axis=1)
+    checks.selection_fits("x", x.shape[1], selection.K)
     amax = _block_amax(x[:, selection.order])
-    plain = amax.shape[1] - selection.num_residual // BLOCK
-    bounds = np.concatenate(
-        [nvfp4_bound(amax[:, :plain], tensor_scale), arc_bound(amax[:, plain:], tensor_scale)], axis=1
-    )
+    bounds = nvfp4_bound(amax, tensor_scale)
+    with_residual = slice((selection.K - selection.num_residual) // BLOCK, None)
+    if selection.num_residual:
+        bounds[:, with_residual] = arc_bound(amax[:, with_residual], tensor_scale)
     return np.repeat(bounds, BLOCK, axis=1)[:, np.argsort(selection.order)]
 
 
@@ -147,9 +157,11 @@ def output_bounds(x: ArrayLike, w: ArrayLike, x_bounds: Float64, w_hat: ArrayLik
     """Bound on |x wᵀ − x̂ ŵᵀ|, (M, N) float64, for x̂ within `x_bounds` (M, K) of x and known weights ŵ (N, K):
 
     Σ_k x_bounds[m, k] · |ŵ[n, k]| + Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|. The second sum is the weights' own
-    error, known offline; ARC does not make it smaller.
+    error, known offline; ARC does not make it smaller. Raises ValueError for shapes that do not fit.
     """
     x, w, w_hat = (np.asarray(a, np.float64) for a in (x, w, w_hat))
+    checks.same_shape("x", x.shape, "x_bounds", x_bounds.shape)
+    checks.same_shape("w", w.shape, "w_hat", w_hat.shape)
     return x_bounds @ np.abs(w_hat).T + np.abs(x) @ np.abs(w - w_hat).T
 
 
@@ -176,7 +188,8 @@ class Check:
 
 def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> Check:
     """Does every element of q stay within its bound of x (M, K)? q is quantize(x), or with a selection
-    augment_activations(x, selection), by any backend.
+    augment_activations(x, selection), by any backend. Raises ValueError where x, q and the selection do not
+    belong together.
 
     >>> from arcquant_ref import quantize
     >>> x = np.float32([[6.4, 5.4] + [0] * 14])
@@ -185,20 +198,25 @@ def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> C
     """
     x = checks.matrix("x", x, BLOCK)
     got = exact_values(q) if selection is None else merge(q, selection)
-    checks.same_shape(x.shape, got.shape)
+    checks.same_shape("x", x.shape, "q", got.shape)
     return worst(x.astype(np.float64), got, element_bounds(x, q.tensor_scale, selection))
 
 
 def check_output(x: ArrayLike, w: ArrayLike, got: ArrayLike, x_bounds: Float64, w_hat: ArrayLike) -> Check:
-    """Does every element of `got` (M, N), x̂ ŵᵀ rounded to float32, stay within `output_bounds`?"""
+    """Does every element of `got` (M, N), x̂ ŵᵀ rounded to float32, stay within `output_bounds` of x wᵀ?
+
+    An infinite output counts as a violation. Errors as in `output_bounds`.
+    """
     x, w, got = (np.asarray(a, np.float64) for a in (x, w, got))
-    last_rounding = np.abs(got) * 2.0**-24
+    bound = output_bounds(x, w, x_bounds, w_hat)
+    checks.same_shape("got", got.shape, "x wᵀ", bound.shape)
+    last_rounding = np.abs(got) * 2.0**-24 + 2.0**-150
     float64_sum = x.shape[1] * 2.0**-53 * (np.abs(x) @ np.abs(w).T)  # of the true product below
-    return worst(x @ w.T, got, output_bounds(x, w, x_bounds, w_hat) + last_rounding + float64_sum)
+    return worst(x @ w.T, got, bound + np.where(np.isfinite(got), last_rounding, 0) + float64_sum)
 
 
 def worst(true: Float64, got: Float64, bound: Float64) -> Check:
-    """The element of three (M, N) matrices with the largest |true − got| / bound; NaN counts as infinite."""
+    """The element of three (M, N) float64 matrices with the largest |true − got| / bound; NaN counts as ∞."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.abs(true - got) / bound
     ratio = np.where(true == got, 0.0, np.nan_to_num(ratio, nan=np.inf))

@@ -1,6 +1,6 @@
 """What a user reads when input is wrong: argument, value, rule, way out. Only public doors call these."""
 
-import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
     """`x` as float32, any shape. float64 is rounded once; NaN, inf, overflow and other dtypes are refused."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; fill it first, for example {name}.filled(0).")
     x = np.asarray(x)
     if x.dtype.name not in FLOAT_DTYPES:
         raise TypeError(
@@ -19,27 +21,24 @@ def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
         )
     if x.size == 0:
         raise ValueError(f"{name} has shape {x.shape} and no elements; give at least one.")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         rounded = x.astype(np.float32)
     if np.isfinite(rounded).all():
         return rounded
     bad = np.argwhere(~np.isfinite(rounded))
     first = tuple(int(i) for i in bad[0])
-    what = "are NaN, infinite" if x.dtype.itemsize <= 4 else "are NaN, infinite or beyond float32"
     raise ValueError(
-        f"{name}: {len(bad)} of {x.size} elements {what}, the first is {x[first]} at index {first}. "
-        f"NVFP4 has no code for them; remove them first (np.nan_to_num({name}) if zeros are meant)."
+        f"{name}: {len(bad)} of {x.size} elements are NaN, infinite or beyond float32, the first is "
+        f"{x[first]} at index {first}. If zeros are meant, write them: "
+        f"np.where(np.abs({name}) <= np.finfo(np.float32).max, {name}, 0)."
     )
 
 
 def matrix(name: str, x: ArrayLike, block: int) -> NDArray[np.float32]:
     """`x` as a float32 (M, K) matrix whose K is a multiple of `block`."""
-    x = np.asarray(x)
+    x = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
     if x.ndim != 2:
-        raise ValueError(
-            f"{name} has shape {x.shape}; it must be a matrix (rows, K). "
-            f"Flatten leading axes with {name}.reshape(-1, {name}.shape[-1])."
-        )
+        raise ValueError(f"{name} has shape {x.shape}; it must be a matrix. Reshape it to (rows, K).")
     k = x.shape[1]
     if k % block:
         short = block - k % block
@@ -52,14 +51,10 @@ def matrix(name: str, x: ArrayLike, block: int) -> NDArray[np.float32]:
 
 def tensor_scale(value: Any) -> np.float32:
     """A tensor scale as float32: one positive, finite, normal number."""
-    if (
-        isinstance(value, (bool, np.bool_))
-        or np.ndim(value) != 0
-        or np.asarray(value).dtype.kind not in "iuf"
-    ):
-        raise TypeError(
-            f"tensor_scale={value!r} is not one real number; pass a float, for example amax / 2688."
-        )
+    scalar = np.asarray(value)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real and (scalar.ndim != 0 or scalar.dtype.name not in FLOAT_DTYPES):
+        raise TypeError(f"tensor_scale={value!r} is not one real number; pass a float.")
     with np.errstate(over="ignore", under="ignore"):
         scale = np.float32(value)
     if not (np.finfo(np.float32).tiny <= scale < np.inf):
@@ -74,9 +69,7 @@ def codes(name: str, array: Any, bits: int) -> NDArray[np.uint8]:
     """`array` as uint8 codes below 2**bits."""
     array = np.asarray(array)
     if array.dtype != np.uint8:
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; codes are uint8. Convert them: {name}.astype(np.uint8)."
-        )
+        raise TypeError(f"{name} has dtype {array.dtype}; codes are uint8, one code or packed pair a byte.")
     if array.size and array.max() >= 2**bits:
         first = tuple(int(i) for i in np.argwhere(array >= 2**bits)[0])
         raise ValueError(
@@ -90,7 +83,8 @@ def block_scales_fit(codes: NDArray[np.uint8], block_scales: NDArray[np.uint8], 
     """Codes are (M, K) with K a multiple of `block`, block scales (M, K / block)."""
     if codes.ndim != 2 or codes.size == 0 or codes.shape[1] % block:
         raise ValueError(
-            f"codes has shape {codes.shape}; it must be (M, K), not empty, K a multiple of {block}."
+            f"codes has shape {codes.shape}; it must be (M, K), not empty, K a multiple of {block}. "
+            f"quantize(x) makes a tensor that fits."
         )
     expected = (codes.shape[0], codes.shape[1] // block)
     if block_scales.shape != expected:
@@ -112,12 +106,24 @@ def scales_are_numbers(name: str, block_scales: NDArray[np.uint8], nan_code: int
         )
 
 
-def same_shape(x_shape: tuple[int, ...], q_shape: tuple[int, ...]) -> None:
-    """A matrix and the quantized tensor it is compared with have one shape."""
-    if x_shape != q_shape:
+def is_a(name: str, value: Any, kind: type, way_out: str) -> None:
+    """`value` is of the dataclass `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}, not {kind.__name__}. {way_out}")
+
+
+def same_shape(a: str, a_shape: tuple[int, ...], b: str, b_shape: tuple[int, ...]) -> None:
+    """Two arrays that are compared element by element have one shape."""
+    if a_shape != b_shape:
+        raise ValueError(f"{a} has shape {a_shape} but {b} has {b_shape}; they belong to one matrix.")
+
+
+def augmented(k_prime: int, k: int, s: int) -> None:
+    """A tensor of depth K' was augmented with a selection of K channels, S of them with residuals."""
+    if k_prime != k + s:
         raise ValueError(
-            f"x has shape {x_shape} but q holds {q_shape}. Pass the matrix q was made from, and its "
-            f"selection if q is augmented."
+            f"q has K={k_prime}, but a selection of {k} channels with {s} residuals makes {k + s}. "
+            f"Augment with the same selection, or leave it out for a plain tensor."
         )
 
 
@@ -143,14 +149,14 @@ def selection_fits(name: str, k: int, selection_k: int) -> None:
         )
 
 
-def num_residual(s: Any, k: int, block: int) -> int:
-    """S: a multiple of `block` with 0 <= S <= K."""
+def num_residual(s: Any, limit: int, block: int) -> int:
+    """S: a multiple of `block` from 0 to `limit`, itself a multiple."""
     if isinstance(s, (bool, np.bool_)) or not isinstance(s, (int, np.integer)):
         raise TypeError(f"num_residual={s!r} is not an integer; give the number of residual channels.")
-    if s < 0 or s > k or s % block:
+    if s < 0 or s > limit or s % block:
+        nearest = min(max((int(s) + block // 2) // block * block, 0), limit)
         raise ValueError(
-            f"num_residual={s} must be a multiple of {block} from 0 to K={k}. "
-            f"The nearest is {min(max(round(s / block) * block, 0), k)}."
+            f"num_residual={s} must be a multiple of {block} from 0 to {limit}. The nearest is {nearest}."
         )
     return int(s)
 
@@ -159,37 +165,48 @@ def channel_order(order: Any) -> NDArray[np.int64]:
     """A permutation of 0 … K−1."""
     order = np.asarray(order)
     if order.ndim != 1 or order.dtype.kind not in "iu":
-        raise TypeError(f"order has shape {order.shape} and dtype {order.dtype}; it must be K integers.")
+        raise TypeError(
+            f"order has shape {order.shape} and dtype {order.dtype}; it must be K integers. "
+            f"Use np.argsort(channel_amax)."
+        )
     if not np.array_equal(np.sort(order), np.arange(len(order))):
         raise ValueError(f"order is not a permutation of 0 … {len(order) - 1}. Use np.argsort(channel_amax).")
     return order.astype(np.int64)
 
 
+def non_negative(name: str, amax: ArrayLike) -> NDArray[np.float32]:
+    """Finite floats, none below zero, any shape."""
+    array = floats(name, amax)
+    if (array < 0).any():
+        first = tuple(int(i) for i in np.argwhere(array < 0)[0])
+        raise ValueError(
+            f"{name} is {array[first]} at index {first}; a maximum of |x| is never negative. Use np.abs."
+        )
+    return array
+
+
 def channel_amax(amax: ArrayLike, block: int) -> NDArray[np.float32]:
     """K non-negative finite floats, K a multiple of `block`."""
-    array = floats("channel_amax", amax)
+    array = non_negative("channel_amax", amax)
     if array.ndim != 1 or len(array) % block:
         raise ValueError(
             f"channel_amax has shape {array.shape}; it must be (K,), K a multiple of {block}. "
             f"calibrate(batches) makes one from (rows, K) batches."
         )
-    if (array < 0).any():
-        first = int(np.argmax(array < 0))
-        raise ValueError(
-            f"channel_amax is {array[first]} at index {first}; a maximum of |x| is never negative."
-        )
     return array
 
 
-def fraction(name: str, value: float) -> float:
+def fraction(name: str, value: Any) -> float:
     """A number from 0 to 1."""
-    if not (isinstance(value, (int, float, np.number)) and 0 <= value <= 1 and math.isfinite(value)):
+    if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must be a number from 0 to 1; the paper uses 1/8.")
     return float(value)
 
 
-def multiple_of(name: str, value: int, block: int) -> int:
+def multiple_of(name: str, value: Any, block: int) -> int:
     """A positive multiple of `block`."""
     if not isinstance(value, (int, np.integer)) or value <= 0 or value % block:
-        raise ValueError(f"{name}={value!r} must be a positive multiple of the block size {block}.")
+        raise ValueError(
+            f"{name}={value!r} must be a positive multiple of the block size {block}, such as {4 * block}."
+        )
     return int(value)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ import safetensors
 from tqdm import tqdm
 
 from . import __version__ as VERSION
-from . import backends, bounds, demo, sample
+from . import backends, bounds, checks, demo, sample
 from .augment import augment_activations, augment_weights
-from .formats import BLOCK
+from .formats import BLOCK, Float32
 from .quantize import dequantize, quantize
 from .select import TAU, Selection, calibrate, select, select_top
 from .tensor import NVFP4Tensor, written_whole
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args) or 0
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("arcquant: interrupted; no file was left half-written.", file=sys.stderr)
         return 130
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
+    _require_suffix(args.plot, ".png")
     layers = sample.load_sample(args.sample)
     rows = [demo.run(layer) for layer in tqdm(layers, "layers", disable=None)]
     if args.json:
@@ -51,11 +56,12 @@ def run_demo(args: argparse.Namespace) -> int:
 
         figure = demo_figure(layers)
         with written_whole(args.plot) as file:
-            figure.savefig(file, format=args.plot.suffix[1:] or "png", dpi=120)
+            figure.savefig(file, format="png", dpi=120)
     return int(any(max(row.element_ratio, row.output_ratio) > 1 for group in rows for row in group))
 
 
 def run_sample(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".npz")
     try:
         layers = sample.capture(args.output)
     except ModuleNotFoundError as error:
@@ -64,9 +70,18 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def run_select(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".safetensors")
+    if args.num_residual is not None and (args.tau is not None or args.multiple is not None):
+        raise ValueError(
+            "--num-residual fixes S; leave out --tau and --multiple, or leave out --num-residual."
+        )
     amax = calibrate(read_matrix(file) for file in tqdm(args.calibration, "batches", disable=None))
     if args.num_residual is None:
-        selection = select(amax, tau=args.tau, multiple=args.multiple)
+        selection = select(
+            amax,
+            tau=TAU if args.tau is None else args.tau,
+            multiple=BLOCK if args.multiple is None else args.multiple,
+        )
     else:
         selection = select_top(amax, args.num_residual)
     if args.output:
@@ -89,6 +104,7 @@ def run_select(args: argparse.Namespace) -> None:
 
 
 def run_quantize(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".safetensors")
     x = read_matrix(args.matrix)
     if args.selection is None:
         if args.operand is not None:
@@ -112,6 +128,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 
 def run_dequantize(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".npy")
     x = dequantize(NVFP4Tensor.load(args.tensor))
     with written_whole(args.output) as file:
         np.save(file, x)
@@ -120,6 +137,8 @@ def run_dequantize(args: argparse.Namespace) -> None:
 
 def run_bounds(args: argparse.Namespace) -> int:
     if args.matrix is None:
+        if args.selection is not None:
+            raise ValueError("--selection needs a matrix to augment.")
         _print_constants(args.json)
         return 0
     x = read_matrix(args.matrix)
@@ -190,32 +209,44 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def read_matrix(name: str) -> np.ndarray:
+def read_matrix(name: str) -> Float32:
     """A matrix from FILE.npy, FILE.npz or FILE.safetensors; FILE:ARRAY names one of several."""
     path, _, array = name.partition(":") if not Path(name).exists() else (name, "", "")
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
     suffix = Path(path).suffix
-    readers: dict[str, Callable[[str], dict[str, np.ndarray]]] = {
-        ".npy": lambda p: {"": np.load(p)},
-        ".npz": lambda p: dict(np.load(p)),
-        ".safetensors": _read_safetensors,
-    }
     if suffix not in readers:
-        raise ValueError(
-            f"{path} ends in {suffix or 'no suffix'!r}; a matrix is read from .npy, .npz or .safetensors."
-        )
+        raise ValueError(f"{path} ends in {suffix!r}; a matrix is read from {', '.join(readers)}.")
     try:
         arrays = readers[suffix](path)
-    except (ValueError, EOFError, safetensors.SafetensorError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises one of a dozen types
         raise ValueError(f"{path} is damaged or not a {suffix} file ({error}).") from error
-    if not array and len(arrays) == 1:
-        return next(iter(arrays.values()))
+    matrices = [found for found, value in arrays.items() if value.ndim == 2]
+    if not array and (len(matrices) == 1 or len(arrays) == 1):
+        array = matrices[0] if matrices else next(iter(arrays))
     if array not in arrays:
-        raise ValueError(f"{path} holds {', '.join(arrays) or 'no arrays'}; name one of them: {path}:NAME.")
-    return arrays[array]
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'no arrays'}; name one of them: {path}:NAME."
+        )
+    try:
+        return checks.matrix("x", arrays[array], BLOCK)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _read_npy(path: str) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file:
+        return {Path(path).stem: np.lib.format.read_array(file)}
+
+
+def _read_npz(path: str) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
 
 
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Every floating-point array; bfloat16, which NumPy lacks, exactly as float32. Others are left out."""
+    """Every array; bfloat16, which NumPy lacks, exactly as float32, and what is no float as bytes."""
     numpy_dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
     arrays = {}
     for name, entry in safetensors.deserialize(Path(path).read_bytes()):
@@ -224,9 +255,15 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
         elif entry["dtype"] in numpy_dtypes:
             array = np.frombuffer(entry["data"], numpy_dtypes[entry["dtype"]])
         else:
-            continue
+            rows = entry["shape"][:-1] or [1]
+            array, entry["shape"] = np.frombuffer(entry["data"], np.uint8), [*rows, -1]
         arrays[name] = array.reshape(entry["shape"])
     return arrays
+
+
+def _require_suffix(path: Path | None, suffix: str) -> None:
+    if path is not None and path.suffix != suffix:
+        raise ValueError(f"{path} must end in {suffix}, the format that is written.")
 
 
 def _print_json(value: Any) -> None:
@@ -258,17 +295,15 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("select", run_select, "calibrate on activations and choose the residual channels", as_json)
     p.add_argument("calibration", nargs="+", help=f"(rows, K) activations: {matrix_help}")
-    p.add_argument(
-        "--tau", type=float, default=TAU, help="outliers are above tau times the maximum (default 1/8)"
-    )
-    p.add_argument("--multiple", type=int, default=BLOCK, help="round S up to this multiple (default 16)")
+    p.add_argument("--tau", type=float, help="outliers are above tau times the maximum (default 1/8)")
+    p.add_argument("--multiple", type=int, help="round S up to this multiple (default 16)")
     p.add_argument("--num-residual", type=int, metavar="S", help="a fixed S instead of the tau rule")
     p.add_argument("-o", "--output", type=Path, metavar="FILE.safetensors", help="save the selection")
 
     p = command("quantize", run_quantize, "a matrix to an NVFP4 file; with a selection, an augmented operand")
     p.add_argument("matrix", help=matrix_help)
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
-    p.add_argument("--tensor-scale", type=float, help="a static tensor scale instead of amax / 2688")
+    p.add_argument("--tensor-scale", type=float, help="a static tensor scale instead of the computed one")
     p.add_argument(
         "--selection", type=Path, metavar="FILE.safetensors", help="what `arcquant select -o` wrote"
     )
@@ -276,7 +311,11 @@ def _parser() -> argparse.ArgumentParser:
         "--operand", choices=["activations", "weights"], help="which side of the product to augment"
     )
 
-    p = command("dequantize", run_dequantize, "an NVFP4 file back to a float32 matrix")
+    p = command(
+        "dequantize",
+        run_dequantize,
+        "an NVFP4 file back to a float32 matrix; an augmented operand stays augmented",
+    )
     p.add_argument("tensor", type=Path, help="what `arcquant quantize` wrote")
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npy")
 

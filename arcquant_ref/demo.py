@@ -139,7 +139,7 @@ def table(layer: Layer, rows: Sequence[Row]) -> str:
         "  scheme     S   bits/value   output error   worst error / bound: elements   outputs",
     ]
     for row in rows:
-        residual = f"{row.num_residual:4d}" if row.scheme == "ARC" else "   –"
+        residual = f"{row.num_residual:4d}" if row.scheme == "ARC" else "   -"
         elements = f"{row.element_ratio:.3f}" if row.element_ratio else "exact"
         lines.append(
             f"  {row.scheme:<7} {residual}   {row.bits_per_value:10.2f}   {row.output_error:12.2%}"

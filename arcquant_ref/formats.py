@@ -74,11 +74,11 @@ class FloatFormat:
 
     @property
     def least_normal(self) -> float:
-        return float(2.0 ** (1 - self.bias))
+        return float(self.magnitudes[2**self.mantissa_bits if self.subnormals else 0])
 
     @property
-    def least_subnormal(self) -> float:
-        return float(self.magnitudes[1])
+    def least_positive(self) -> float:
+        return float(self.magnitudes[self.magnitudes > 0][0])
 
 
 def _frozen(array: NDArray[Scalar]) -> NDArray[Scalar]:
@@ -93,6 +93,7 @@ E8M0 = FloatFormat("E8M0", exponent_bits=8, mantissa_bits=0, sign_bits=0, nan_co
 
 def encode(fmt: FloatFormat, x: Float32) -> Codes:
     """Nearest codes of `x`, any shape: midpoints go to the even code, ±max saturates, zero keeps its sign."""
+    assert fmt.sign_bits, f"{fmt.name} has no sign; its scales are powers of two, found without rounding"
     ties_down = np.searchsorted(fmt.midpoints, np.abs(x), side="left")
     ties_up = np.searchsorted(fmt.midpoints, np.abs(x), side="right")
     magnitude = np.where(ties_down % 2 == 0, ties_down, ties_up)

@@ -11,25 +11,27 @@ from .formats import BLOCK, E2M1, E4M3, Float32, decode
 from .select import Selection
 from .tensor import NVFP4Tensor
 
-UNIT = E2M1.least_subnormal * E4M3.least_subnormal  # 2⁻¹⁰: every e2m1 · e4m3 is an integer multiple
+UNIT = E2M1.least_positive * E4M3.least_positive  # 2⁻¹⁰: every e2m1 · e4m3 is an integer multiple
 MAX_DEPTH = int((2**63 - 1) // (E2M1.max * E4M3.max / UNIT) ** 2)  # 1.2 million; beyond, int64 could overflow
 
 
-def integer_values(q: NVFP4Tensor) -> NDArray[np.int64]:
+def integer_values(q: NVFP4Tensor, name: str = "q") -> NDArray[np.int64]:
     """(2 · e2m1) · (512 · e4m3) of each element, (M, K): the value in units of 2⁻¹⁰ · tensor_scale.
 
-    Raises ValueError for a NaN block scale.
+    Raises TypeError for another type, ValueError for a NaN block scale; `name` is what the error calls q.
     """
-    checks.scales_are_numbers("block_scales", q.block_scales, E4M3.nan_code)
-    elements = (decode(E2M1, q.codes) / E2M1.least_subnormal).astype(np.int64)
-    scales = (decode(E4M3, q.block_scales) / E4M3.least_subnormal).astype(np.int64)
+    checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
+    checks.scales_are_numbers(f"{name}.block_scales", q.block_scales, E4M3.nan_code)
+    elements = (decode(E2M1, q.codes) / E2M1.least_positive).astype(np.int64)
+    scales = (decode(E4M3, q.block_scales) / E4M3.least_positive).astype(np.int64)
     return elements * np.repeat(scales, BLOCK, axis=1)
 
 
 def integer_matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> NDArray[np.int64]:
     """I = Σ_k a·b without any rounding, (M, N) int64; a bᵀ is I · 2⁻²⁰ · both tensor scales."""
-    checks.same_depth(a.shape[1], b.shape[1], MAX_DEPTH)
-    return integer_values(a) @ integer_values(b).T
+    left, right = integer_values(a, "a"), integer_values(b, "b")
+    checks.same_depth(left.shape[1], right.shape[1], MAX_DEPTH)
+    return left @ right.T
 
 
 def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
@@ -68,7 +70,9 @@ def nearest_float32(exact: Fraction) -> np.float32:
 
 
 def linear(x: ArrayLike, w: ArrayLike, selection: Selection) -> Float32:
-    """A W4A4 linear layer: (M, K) activations, (N, K) weights → (M, N), as one product of depth K + S.
+    """A W4A4 linear layer: (M, K) activations, (N, K) weights → (M, N) float32, one product of depth K + S.
+
+    Dtypes and errors as in `augment_activations` and `matmul`.
 
     >>> from arcquant_ref import calibrate, select
     >>> x = np.random.default_rng(0).standard_normal((4, 64)); x[:, 3] *= 50

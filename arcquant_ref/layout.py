@@ -10,7 +10,9 @@ TILE_ROWS, TILE_COLS = 128, 4  # one tile of scale factors: 512 bytes
 
 
 def pack(codes: Codes) -> Codes:
-    """(M, K) codes → (M, K/2) bytes: even k in the low nibble, odd k in the high one.
+    """(M, K) uint8 codes → (M, K/2) uint8: even k in the low nibble, odd k in the high one.
+
+    Raises TypeError unless uint8, ValueError for codes above 15, another rank or an odd K.
 
     >>> pack(np.uint8([[1, 2, 3, 4]]))
     array([[33, 67]], dtype=uint8)
@@ -25,7 +27,7 @@ def pack(codes: Codes) -> Codes:
 
 
 def unpack(packed: Codes) -> Codes:
-    """(M, K/2) bytes → (M, K) codes; the inverse of `pack`.
+    """(M, K/2) uint8 → (M, K) uint8 codes; the inverse of `pack`. Errors as there.
 
     >>> unpack(np.uint8([[0x21, 0x43]]))
     array([[1, 2, 3, 4]], dtype=uint8)
@@ -34,13 +36,14 @@ def unpack(packed: Codes) -> Codes:
     if packed.ndim != 2:
         raise ValueError(f"packed has shape {packed.shape}; it must be (M, K/2) bytes.")
     low_high = np.stack([packed & (2**E2M1.bits - 1), packed >> E2M1.bits], axis=-1)
-    return low_high.reshape(len(packed), -1)
+    return low_high.reshape(packed.shape[0], 2 * packed.shape[1])
 
 
 def swizzle_128x4(block_scales: Codes) -> Codes:
     """(M, K/16) scale bytes → the flat tiled buffer that cuBLAS, CUTLASS and torch read, zeros where it pads.
 
-    Length ⌈M/128⌉ · ⌈K/16/4⌉ · 512. Source: cuBLAS, "1D block scaling factors layout".
+    uint8, length ⌈M/128⌉ · ⌈K/16/4⌉ · 512. Raises TypeError unless uint8, ValueError for another rank.
+    Source: cuBLAS, "1D block scaling factors layout".
 
     >>> swizzle_128x4(np.uint8([[10, 11], [20, 21]]))[:20]
     array([10, 11,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0, 20,
@@ -58,10 +61,14 @@ def swizzle_128x4(block_scales: Codes) -> Codes:
 def unswizzle_128x4(swizzled: Codes, shape: tuple[int, int]) -> Codes:
     """The (M, K/16) scale bytes of a swizzled buffer; `shape` is (M, K/16). The padding is dropped.
 
+    Raises TypeError unless uint8, ValueError for a buffer that `shape` does not fill.
+
     >>> scales = np.arange(10, dtype=np.uint8).reshape(2, 5)
     >>> bool((unswizzle_128x4(swizzle_128x4(scales), (2, 5)) == scales).all())
     True
     """
+    if len(shape) != 2:
+        raise ValueError(f"shape={shape} must be (M, K/16), the shape of the scales before swizzling.")
     offset, size = _offsets(*shape)
     if np.shape(swizzled) != (size,):
         raise ValueError(

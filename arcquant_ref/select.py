@@ -34,8 +34,8 @@ class Selection:
         set_ = object.__setattr__
         set_(self, "order", checks.channel_order(self.order))
         set_(self, "channel_amax", checks.channel_amax(self.channel_amax, BLOCK))
-        set_(self, "num_residual", checks.num_residual(self.num_residual, self.K, BLOCK))
         checks.selection_fits("channel_amax", len(self.channel_amax), self.K)
+        set_(self, "num_residual", checks.num_residual(self.num_residual, self.K, BLOCK))
 
     @property
     def K(self) -> int:
@@ -82,6 +82,8 @@ def calibrate(batches: Iterable[ArrayLike]) -> Float32:
     >>> calibrate([np.full((2, 16), -3.0), np.eye(16)]).max()
     np.float32(3.0)
     """
+    if isinstance(batches, np.ndarray) and batches.ndim == 2:
+        raise ValueError("batches is one matrix; pass a list of them, [x].")
     amax: Float32 | None = None
     for i, batch in enumerate(batches):
         batch_amax = np.abs(checks.matrix(f"batches[{i}]", batch, BLOCK)).max(axis=0)
@@ -116,6 +118,9 @@ def select(channel_amax: ArrayLike, tau: float = TAU, multiple: int = BLOCK) -> 
 
 
 def select_top(channel_amax: ArrayLike, num_residual: int) -> Selection:
-    """A fixed number S of residual channels: the largest channel_amax; of equals, the later ones."""
+    """A fixed number S of residual channels: the largest channel_amax; of equals, the later ones.
+
+    Raises ValueError for a bad channel_amax, or S not a multiple of 16 from 0 to K.
+    """
     amax = checks.channel_amax(channel_amax, BLOCK)
     return Selection(order=np.argsort(amax, kind="stable"), num_residual=num_residual, channel_amax=amax)

@@ -57,7 +57,11 @@ class NVFP4Tensor:
         return replace(self, codes=f(self.codes), block_scales=f(self.block_scales))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all; docs/spec.md says what is in it."""
+        """Write one safetensors file, whole or not at all; docs/spec.md, section 2, says what is in it.
+
+        Raises ValueError for a NaN block scale or a path that is not a regular file.
+        """
+        checks.scales_are_numbers("block_scales", self.block_scales, E4M3.nan_code)
         arrays: dict[str, tuple[str, np.ndarray]] = {
             "codes": ("uint8", layout.pack(self.codes)),
             "block_scales": ("float8_e4m3fn", self.block_scales),
@@ -88,14 +92,18 @@ FILE_METADATA = {
     "value": "e2m1(codes[m, k]) * e4m3(block_scales[m, k // 16]) * tensor_scale",
     "codes": "(M, K/2) bytes: even k in the low nibble, odd k in the high nibble",
     "block_scales": "(M, K/16) E4M3, row-major, not swizzled",
-    "tensor_scale": "float32, multiplies to decode (amax / 2688)",
+    "tensor_scale": "float32, multiplies to decode",
 }
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` only when the block ends without an exception."""
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} exists and is not a regular file. Write to another name.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent} does not exist. Create it first.")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -136,7 +144,7 @@ def load_arrays(
     for key in ("format", "version"):
         if found.get(key) != metadata[key]:
             raise ValueError(
-                f"{path} is not a {metadata['format']} file of version {metadata['version']}: its {key} is "
+                f"{path} is not an {metadata['format']} file of version {metadata['version']}: its {key} is "
                 f"{found.get(key)!r}. It holds {', '.join(sorted(entries)) or 'nothing'}."
             )
     held = {name: entry["dtype"] for name, entry in sorted(entries.items())}

@@ -57,27 +57,38 @@ def exact_steps(amax, tensor_scale):
     return E4M3.values[q.block_scales[:, 0]] * np.float32(tensor_scale)
 
 
-def test_the_constants_are_nearly_attained_by_bf16():
+def test_3_17_is_nearly_attained_by_bf16():
     """Every bf16 amax of one binade of scales, every bf16 element below it, exhaustively."""
     x = finite_bf16()
-    binade = x[(x >= 6) & (x < 12)]
-    worst_nvfp4 = worst_arc = 0.0
-    for amax in binade:
+    worst = 0.0
+    for amax in x[(x >= 6) & (x < 12)]:
         elements = x[(x >= 0) & (x <= amax)]
-        blocks = np.full((-(-len(elements) // 15), 15), 0, np.float32)
-        blocks.flat[: len(elements)] = elements
-        blocks = np.concatenate([np.full((len(blocks), 1), amax), blocks], axis=1)
-        q = quantize(blocks, 1)
-        worst_nvfp4 = max(worst_nvfp4, np.abs(exact_values(q) - blocks).max() / amax)
-    for amax in binade:  # the second block: the largest residual alone decides its scale
-        elements = x[(x >= amax / 2) & (x <= amax)]
-        for r in elements[:: max(1, len(elements) // 64)]:
-            block = np.array([[amax, r] + [0] * 14], np.float32)
-            check = bounds.check(block, augment_activations(block, ALL, 1), ALL)
-            worst_arc = max(worst_arc, abs(check.true - check.got) / amax)
-    assert worst_nvfp4 < bounds.NVFP4
-    assert worst_nvfp4 > 0.1756
-    assert worst_arc < bounds.ARC
+        blocks = np.full((-(-len(elements) // 15), BLOCK), amax, np.float32)
+        blocks[:, 1:] = np.resize(elements, (len(blocks), 15))
+        worst = max(worst, np.abs(exact_values(quantize(blocks, 1)) - blocks).max() / amax)
+    assert 0.1756 < worst < bounds.NVFP4
+
+
+LEAST = 2.0**-9  # the least E4M3
+WITNESSES = {  # regime: amax and one element, at tensor scale 1
+    "normal": (np.nextafter(np.float32(6 * 1.0625), np.float32(7)), 5 * 1.125),
+    "largest scale": (2600, 5 * 448),
+    "largest scale, amax saturates a little": (3100, 5 * 448),
+    "saturated": (5000, 0),
+    "subnormal, scale rounds down": (6 * 2.5 * LEAST, 0),
+    "subnormal, scale rounds up": (6 * 5.5 * LEAST, 5 * 6 * LEAST),
+    "subnormal, scale rounds up to the least normal": (6 * 7.5 * LEAST, 5 * 8 * LEAST),
+    "floored": (5.9 * LEAST, 5 * LEAST),
+    "floored, all codes zero": (0.24 * LEAST, 0),
+}
+
+
+@pytest.mark.parametrize("witness", WITNESSES.values(), ids=WITNESSES)
+@pytest.mark.parametrize("power", [-117, 0, 40])
+def test_the_bound_is_sharp_in_every_regime(witness, power):
+    x = np.ldexp(np.float32([[*witness] + [0] * 14]), power)
+    check = bounds.check(x, quantize(x, 2.0**power))
+    assert 0.9999 < check.worst_ratio <= 1
 
 
 ALL = select_top(np.ones(BLOCK), BLOCK)
@@ -153,6 +164,20 @@ def test_output_bound(x, w):
     assert check.holds, check
     far = linear(x, w, selection) + 3 * (bounds.output_bounds(x, w, x_bounds, w_hat) + 1)
     assert not bounds.check_output(x, w, far, x_bounds, w_hat).holds
+
+
+def test_an_exact_product_may_err_by_its_last_rounding_and_no_more():
+    x, w = np.array([[1.0]]), np.array([[1 + 2.0**-25], [-1 - 2.0**-30], [2.0**-151 * 1.5]])
+    exact_x = np.zeros((1, 1))
+    right = (x @ w.T).astype(np.float32)
+    assert bounds.check_output(x, w, right, exact_x, w).holds
+    for away in (-np.inf, np.inf):
+        wrong = np.nextafter(right, np.float32(away))
+        ratios = [
+            bounds.check_output(x, w[[n]], wrong[:, [n]], exact_x, w[[n]]).worst_ratio for n in range(3)
+        ]
+        assert min(ratios) > 1
+    assert not bounds.check_output(x, w, np.full_like(right, np.inf), exact_x, w).holds
 
 
 def test_worst_reports_the_witness_and_nan_is_a_violation():

@@ -1,7 +1,9 @@
 """The sentences a user sees: argument, value, rule, way out; through every public door that meets it."""
 
 import re
+from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -41,7 +43,7 @@ def with_value(value, dtype=np.float64):
         (
             with_value(np.nan),
             ValueError,
-            r"2 of 64 elements are NaN.*first is nan at index \(1, 5\).*nan_to_num",
+            r"2 of 64 elements are NaN.*first is nan at index \(1, 5\).*np\.where",
         ),
         (
             with_value(-np.inf, np.float32),
@@ -65,7 +67,8 @@ def test_values_that_have_no_code(door, x, error, message):
 @pytest.mark.parametrize("shape", [(32,), (2, 2, 32), ()])
 def test_wrong_rank(door, shape):
     with pytest.raises(
-        ValueError, match=rf"has shape {re.escape(str(shape))}; it must be a matrix .*reshape"
+        ValueError,
+        match=rf"has shape {re.escape(str(shape))}; it must be a matrix\. Reshape it to \(rows, K\)",
     ):
         door(np.ones(shape))
 
@@ -76,6 +79,15 @@ def test_k_that_is_no_multiple_of_the_block(name):
         ValueError, match=r"has K=30, which is not a multiple of the block size 16.*2 zeros \(np\.pad"
     ):
         MATRIX_DOORS[name](np.ones((2, 30)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e300])
+def test_the_remedy_for_values_without_a_code_works_as_printed(bad):
+    x = with_value(bad)
+    with pytest.raises(ValueError, match=r"np\.where") as error:
+        aq.quantize(x)
+    remedy = re.search(r"(np\.where.*)\.$", str(error.value)).group(1)
+    np.testing.assert_array_equal(eval(remedy), with_value(0))
 
 
 def test_the_remedy_for_a_ragged_k_works_as_printed():
@@ -101,21 +113,24 @@ def test_tensor_scale_types(value):
         aq.quantize(GOOD, value)
 
 
+@pytest.mark.parametrize(
+    "value", [2, 10**30, np.float64(2), np.array(2.0), ml_dtypes.bfloat16(2), Fraction(1, 3)]
+)
+def test_tensor_scales_of_any_real_type(value):
+    assert aq.quantize(GOOD, value).tensor_scale == np.float32(value)
+
+
 def test_selection_for_another_layer():
     for door in (aq.augment_activations, aq.augment_weights):
         with pytest.raises(ValueError, match=r"selection was made for K=32 but [xw] has K=48"):
             door(np.ones((1, 48)), SELECTION)
-    q = aq.augment_activations(GOOD, SELECTION)
-    with pytest.raises(
-        ValueError, match=r"selection was made for K=32 but q, less its residual channels, has K=48"
-    ):
-        bounds.check(GOOD, q, aq.select_top(np.ones(32), 0))
 
 
-@pytest.mark.parametrize("s", [-16, 8, 48, 33])
+@pytest.mark.parametrize("s", [-16, 8, 48, 33, 10**400], ids=["-16", "8", "48", "33", "huge"])
 def test_num_residual(s):
     with pytest.raises(
-        ValueError, match=rf"num_residual={s} must be a multiple of 16 from 0 to K=32\. The nearest"
+        ValueError,
+        match=rf"num_residual={s} must be a multiple of 16 from 0 to 32\. The nearest is (0|16|32)\.",
     ):
         aq.select_top(np.ones(32), s)
 
@@ -149,14 +164,14 @@ def test_channel_amax(door):
         door(np.ones(30))
     with pytest.raises(ValueError, match=r"channel_amax has shape \(2, 16\)"):
         door(np.ones((2, 16)))
-    with pytest.raises(ValueError, match=r"channel_amax is -1.0 at index 3"):
+    with pytest.raises(ValueError, match=r"channel_amax is -1.0 at index \(3,\)"):
         door(np.array([1, 1, 1, -1.0] * 8))
     with pytest.raises(ValueError, match=r"channel_amax: 1 of 16 elements are NaN"):
         door(np.array([np.nan] + [1] * 15))
 
 
 def test_rule_parameters():
-    for tau in (-0.1, 1.5, np.nan, "1/8"):
+    for tau in (-0.1, 1.5, np.nan, "1/8", True, 0.1j):
         with pytest.raises(ValueError, match=r"tau=.* must be a number from 0 to 1"):
             aq.select(np.ones(32), tau=tau)
     for multiple in (0, 8, 24, -16, 16.0):
@@ -171,8 +186,8 @@ def test_calibration_batches():
         aq.calibrate([GOOD, GOOD[:, :16]])
     with pytest.raises(ValueError, match=r"batches\[1\]: 2 of 64 elements are NaN"):
         aq.calibrate([GOOD, with_value(np.nan)])
-    with pytest.raises(ValueError, match=r"batches\[0\] has shape \(32,\)"):
-        aq.calibrate(GOOD)  # a matrix, not a list of matrices
+    with pytest.raises(ValueError, match=r"batches is one matrix; pass a list of them, \[x\]"):
+        aq.calibrate(GOOD)
 
 
 def test_codes():
@@ -218,10 +233,48 @@ def test_product_depths():
 
 def test_check_compares_like_with_like():
     for x in (GOOD[:1], GOOD[:, :16]):
-        with pytest.raises(ValueError, match=r"x has shape .* but q holds \(2, 32\)"):
+        with pytest.raises(
+            ValueError, match=r"x has shape .* but q has \(2, 32\); they belong to one matrix"
+        ):
             bounds.check(x, aq.quantize(GOOD))
-    with pytest.raises(ValueError, match=r"x has shape \(2, 32\) but q holds \(2, 48\).*its selection"):
+    with pytest.raises(ValueError, match=r"x has shape \(2, 32\) but q has \(2, 48\)"):
         bounds.check(GOOD, aq.augment_activations(GOOD, SELECTION))
+    for q in (aq.quantize(GOOD), aq.augment_activations(GOOD, aq.select_top(np.ones(32), 32))):
+        with pytest.raises(
+            ValueError, match=r"q has K=(32|64), but a selection of 32 channels with 16 .* 48"
+        ):
+            bounds.check(GOOD, q, SELECTION)
+
+
+def test_bounds_take_only_what_fits():
+    with pytest.raises(ValueError, match=r"selection was made for K=32 but x has K=48"):
+        bounds.element_bounds(np.ones((1, 48)), 1.0, SELECTION)
+    for bound in (bounds.nvfp4_bound, bounds.arc_bound):
+        with pytest.raises(ValueError, match=r"amax is -1.0 at index \(1,\)"):
+            bound([1.0, -1.0], 1.0)
+        with pytest.raises(ValueError, match=r"tensor_scale=-1.0 is not a positive"):
+            bound(1.0, -1.0)
+    x_bounds = bounds.element_bounds(GOOD, 1.0)
+    with pytest.raises(ValueError, match=r"w has shape \(2, 32\) but w_hat has \(1, 32\)"):
+        bounds.output_bounds(GOOD, GOOD, x_bounds, GOOD[:1])
+    with pytest.raises(ValueError, match=r"x has shape \(1, 32\) but x_bounds has \(2, 32\)"):
+        bounds.output_bounds(GOOD[:1], GOOD, x_bounds, GOOD)
+    with pytest.raises(ValueError, match=r"got has shape \(1, 2\) but x wᵀ has \(2, 2\)"):
+        bounds.check_output(GOOD, GOOD, np.ones((1, 2)), x_bounds, GOOD)
+
+
+def test_other_types_where_a_tensor_or_a_selection_belongs():
+    for call in (aq.dequantize, lambda x: aq.matmul(x, x), lambda x: bounds.check(x, x)):
+        with pytest.raises(TypeError, match=r"is a ndarray, not NVFP4Tensor\. quantize\(x\) makes one"):
+            call(GOOD)
+    for augment in (aq.augment_activations, aq.augment_weights):
+        with pytest.raises(TypeError, match=r"selection is a NoneType, not Selection\. select\(calibrate"):
+            augment(GOOD, None)
+
+
+def test_masked_arrays_are_refused():
+    with pytest.raises(TypeError, match=r"x is a masked array; fill it first, for example x\.filled\(0\)"):
+        aq.quantize(np.ma.masked_array(GOOD, GOOD > 0))
 
 
 def test_layout_shapes():

@@ -130,19 +130,22 @@ def test_matrices_are_read_from_every_kind_of_file():
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.full((2, 32), np.nan), "64 of 64 elements are NaN"),
-        (np.ones((2, 30)), "x has K=30, which is not a multiple of the block size 16"),
-        (np.ones(32), "x has shape (32,); it must be a matrix"),
-        (np.ones((2, 32), int), "x has dtype int64"),
-        (np.ones((0, 32)), "no elements"),
-        (np.full((2, 32), 1e39), "beyond float32"),
+        (np.full((2, 32), np.nan), ": 64 of 64 elements are NaN"),
+        (np.ones((2, 30)), " has K=30, which is not a multiple of the block size 16"),
+        (np.ones(32), " has shape (32,); it must be a matrix"),
+        (np.ones((2, 32), int), " has dtype int64"),
+        (np.ones((0, 32)), " has shape (0, 32) and no elements"),
+        (
+            np.full((2, 32), 1e39),
+            ": 64 of 64 elements are NaN, infinite or beyond float32, the first is 1e+39",
+        ),
     ],
 )
 def test_bad_matrices(capsys, array, message):
     np.save("bad.npy", array)
     commands = ["quantize bad.npy -o q.safetensors", "select bad.npy -o q.safetensors", "bounds bad.npy"]
     for command in commands:
-        assert message.removeprefix("x ") in fails(capsys, command)
+        assert f"arcquant: bad.npy: x{message}" in fails(capsys, command)
     assert not os.path.exists("q.safetensors")
 
 
@@ -153,24 +156,36 @@ def test_bad_files_and_options(capsys):
     np.save("narrow.npy", X[:, :32])
     bad_scale = NVFP4Tensor.load("q.safetensors").map(np.copy)
     bad_scale.block_scales[0, 0] = 0x7F
-    bad_scale.save("nan.safetensors")
+    with open("q.safetensors", "rb") as file:
+        data = file.read()
+    good = NVFP4Tensor.load("q.safetensors").block_scales.tobytes()
+    with open("nan.safetensors", "wb") as file:
+        file.write(data.replace(good, bad_scale.block_scales.tobytes()))
+    np.savez_compressed("whole.npz", X)
+    with open("whole.npz", "rb") as file:
+        whole = file.read()
+    flipped = whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]
+    for name, content in {"cut.npz": whole[:200], "flipped.npz": flipped, "zip.npy": whole}.items():
+        with open(name, "wb") as file:
+            file.write(content)
     with open("text.npy", "w") as file:
         file.write("no array")
+    os.mkdir("folder.safetensors")
     capsys.readouterr()
     for line, message in {
-        "quantize absent.npy -o q": "No such file",
-        "quantize text.npy -o q": "text.npy is damaged or not a .npy file",
-        "quantize x.csv -o q": "'.csv'; a matrix is read from .npy, .npz or .safetensors",
-        "quantize two.npz -o q": "two.npz holds first, second; name one of them: two.npz:NAME",
-        "quantize two.npz:third -o q": "two.npz holds first, second",
-        "quantize x.npy --tensor-scale 0 -o q": "tensor_scale=0.0 is not a positive",
-        "quantize x.npy --tensor-scale nan -o q": "tensor_scale=nan is not a positive",
-        "quantize x.npy --operand weights -o q": "--operand weights needs --selection",
-        "quantize x.npy --selection s.safetensors -o q": "--selection needs --operand",
-        "quantize narrow.npy --selection s.safetensors --operand weights -o q": "made for K=64 but",
-        "quantize x.npy --selection q.safetensors --operand weights -o q": "not a nvfp4-selection file",
+        "quantize absent.npy -o q.safetensors": "No such file",
+        "quantize text.npy -o q.safetensors": "text.npy is damaged or not a .npy file",
+        "quantize x.csv -o q.safetensors": "'.csv'; a matrix is read from .npy, .npz, .safetensors",
+        "quantize two.npz -o q.safetensors": "two.npz holds first, second; name one of them: two.npz:NAME",
+        "quantize two.npz:third -o q.safetensors": "two.npz holds first, second",
+        "quantize x.npy --tensor-scale 0 -o q.safetensors": "tensor_scale=0.0 is not a positive",
+        "quantize x.npy --tensor-scale nan -o q.safetensors": "tensor_scale=nan is not a positive",
+        "quantize x.npy --operand weights -o q.safetensors": "--operand weights needs --selection",
+        "quantize x.npy --selection s.safetensors -o q.safetensors": "--selection needs --operand",
+        "quantize narrow.npy --selection s.safetensors --operand weights -o q.safetensors": "for K=64 but",
+        "quantize x.npy --selection q.safetensors --operand weights -o q.safetensors": "nvfp4-selection file",
         "dequantize x.npy -o y.npy": "x.npy is damaged or not a safetensors file",
-        "dequantize s.safetensors -o y.npy": "not a nvfp4 file",
+        "dequantize s.safetensors -o y.npy": "not an nvfp4 file",
         "dequantize nan.safetensors -o y.npy": "1 block scales are NaN",
         "select x.npy narrow.npy": "batches[1] has K=32 but the batches before it have K=64",
         "select x.npy --num-residual 20": "num_residual=20 must be a multiple of 16",
@@ -179,7 +194,22 @@ def test_bad_files_and_options(capsys):
         "bounds narrow.npy --selection s.safetensors": "made for K=64 but x has K=32",
         "demo --sample two.npz": "two.npz is not a sample",
         "demo --sample absent.npz": "No such file",
-        "quantize x.npy -o absent/q": "No such file",
+        "demo --sample cut.npz": "cut.npz is not a sample",
+        "demo --sample x.npy": "x.npy is not a sample",
+        "demo --plot picture.jpg": "picture.jpg must end in .png",
+        "quantize cut.npz -o q.safetensors": "cut.npz is damaged or not a .npz file",
+        "quantize flipped.npz -o q.safetensors": "flipped.npz is damaged or not a .npz file",
+        "quantize zip.npy -o q.safetensors": "zip.npy is damaged or not a .npy file",
+        "quantize x.npy:name -o q.safetensors": "x.npy holds x; name one of them",
+        "quantize q.safetensors:codes -o y.safetensors": "q.safetensors:codes: x has dtype uint8",
+        "quantize q.safetensors -o y.safetensors": "holds block_scales, codes, tensor_scale; name one",
+        "quantize x.npy -o q.npy": "q.npy must end in .safetensors",
+        "quantize x.npy -o folder.safetensors": "exists and is not a regular file",
+        "dequantize q.safetensors -o y.safetensors": "y.safetensors must end in .npy",
+        "select x.npy --num-residual 16 --tau 0.1": "leave out --num-residual",
+        "bounds --selection s.safetensors": "--selection needs a matrix",
+        "sample -o sample.npy": "sample.npy must end in .npz",
+        "quantize x.npy -o absent/q.safetensors": "absent does not exist. Create it first",
     }.items():
         assert message in fails(capsys, line), line
 
@@ -192,7 +222,7 @@ def test_sample_says_what_to_install(capsys, monkeypatch):
 
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match=r"tensor_scale=0\.0"):
-        main(["quantize", "x.npy", "--tensor-scale", "0", "-o", "q", "--debug"])
+        main(["quantize", "x.npy", "--tensor-scale", "0", "-o", "q.safetensors", "--debug"])
 
 
 def test_a_violated_bound_exits_with_1(capsys, monkeypatch):
@@ -204,7 +234,9 @@ def test_a_violated_bound_exits_with_1(capsys, monkeypatch):
 
 def test_as_a_process():
     command = [sys.executable, "-m", "arcquant_ref"]
-    wrong = subprocess.run([*command, "quantize", "absent.npy", "-o", "q"], capture_output=True, text=True)
+    wrong = subprocess.run(
+        [*command, "quantize", "absent.npy", "-o", "q.safetensors"], capture_output=True, text=True
+    )
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "arcquant: [Errno 2] No such file or directory: 'absent.npy'\n"
     assert (

@@ -31,13 +31,16 @@ MUTANTS = [
     ("quantize", "amax / F32(E2M1.max) / tensor_scale", "amax * (F32(1) / F32(E2M1.max)) / tensor_scale"),
     ("quantize", "x / step[..., None]", "x * (F32(1) / step[..., None])"),  # reciprocal
     ("quantize", "x / step[..., None]", "x / tensor_scale / decode(E4M3, block_scales)[..., None]"),  # order
-    ("quantize", "F32(E4M3.least_subnormal)", "F32(E4M3.least_normal)"),  # floor of other libraries
-    ("quantize", "F32(E4M3.least_subnormal)", "F32(0)"),  # no floor
+    ("quantize", "F32(E4M3.least_positive)", "F32(E4M3.least_normal)"),  # floor of other libraries
+    ("quantize", "F32(E4M3.least_positive)", "F32(0)"),  # no floor
+    ("quantize", "amax / F32(E2M1.max * E4M3.max)", "amax / F32(E2M1.max) / F32(E4M3.max)"),
     ("quantize", "LEAST_NORMAL)\n", "F32(0))\n"),  # subnormal tensor scales
     ("quantize", "        return F32(1)\n", "        return LEAST_NORMAL\n"),  # all-zero tensor
     ("quantize", "(x - exact_values(q)).astype(np.float32)", "x - dequantize(q)"),  # residual rounded twice
     ("quantize", "(x - exact_values(q))", "(exact_values(q) - x)"),  # sign of the residual
     ("select", "(amax > checks", "(amax >= checks"),  # a channel at τ
+    ("select", "np.float64(amax.max())", "amax.max()"),  # threshold in float32
+    ("select", "-(-outliers // multiple) * multiple", "(outliers // multiple + 1) * multiple"),
     ("select", 'kind="stable"', 'kind="stable")[::-1].copy('),  # outliers first
     ("select", "np.maximum(amax, batch_amax)", "batch_amax"),  # calibration forgets
     ("augment", "primary.tensor_scale)\n    extra", "np.float32(1))\n    extra"),
@@ -56,7 +59,13 @@ MUTANTS = [
     ("bounds", "if midpoint >= Fraction(E4M3.least_normal)", "if midpoint >= 0"),
     ("bounds", "E2M1.max * half_spacing)", "half_spacing)"),  # "at most one step"
     ("bounds", "np.maximum(bound, a - E2M1.max * E4M3.max)", "bound"),  # saturation
-    ("bounds", "float(ARC) * amax", "float(NVFP4**2) * amax"),  # valid, but not sharp
+    ("bounds", "float(ARC) * a,", "float(NVFP4**2) * a,"),  # valid, but not sharp
+    ("bounds", "np.minimum(float(NVFP4) * a, E4M3.max)", "float(NVFP4) * a"),
+    ("bounds", "np.minimum(v + half_spacing, E4M3.least_normal)", "(v + 2 * half_spacing)"),
+    ("bounds", "ROUNDING_ABSOLUTE = 2.0**-146", "ROUNDING_ABSOLUTE = 2.0**-125"),
+    ("bounds", "bound + np.where(np.isfinite(got), last_rounding, 0) + float64_sum", "bound + float64_sum"),
+    ("bounds", "x.shape[1] * 2.0**-53", "2.0**-20"),
+    ("bounds", " + 2.0**-150", ""),
     ("bounds", "nan=np.inf", "nan=0.0"),
     ("baselines", "fraction > max_fraction", "fraction >= max_fraction"),
     ("baselines", "- int(np.frexp(fmt.max)[1])", "- int(np.frexp(fmt.max)[1]) + 1"),

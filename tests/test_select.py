@@ -18,7 +18,7 @@ def test_calibrate_is_the_maximum_over_all_rows_in_any_order(batches):
     np.testing.assert_array_equal(calibrate(reversed(batches)), expected)
 
 
-@given(amaxes, st.sampled_from([1 / 8, 1 / 2, 0.0, 1.0]), st.sampled_from([16, 64]))
+@given(amaxes, st.sampled_from([1 / 8, 1 / 2, 0.0, 1.0, 0.1, 1 / 3]), st.sampled_from([16, 64]))
 def test_select_follows_the_rule(amax, tau, multiple):
     selection = select(amax, tau, multiple)
     outliers = sum(float(a) > tau * float(amax.max()) for a in amax)
@@ -45,6 +45,14 @@ def test_a_channel_exactly_at_tau_is_no_outlier():
     assert select(np.float32([8] + [1] * 31)).num_residual == 16
     assert select(np.float32([8] * 16 + [1] * 16)).num_residual == 16
     assert select(np.float32([8] * 16 + [1.001] + [1] * 15)).num_residual == 32
+    tenth = np.float32(0.1)  # a little above 0.1, so above τ · 1
+    assert select(np.float32([1] * 16 + [tenth] * 16), tau=0.1).num_residual == 32
+
+
+def test_a_full_multiple_is_not_rounded_up():
+    assert select(np.float32([8] * 64 + [1] * 64), multiple=64).num_residual == 64
+    assert select(np.float32([8] * 65 + [1] * 63), multiple=64).num_residual == 128
+    assert select(np.float32([8] * 65 + [1] * 31), multiple=64).num_residual == 96  # K
 
 
 def test_no_outliers_in_a_zero_tensor_and_all_in_a_flat_one():

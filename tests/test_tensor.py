@@ -73,10 +73,10 @@ def test_damaged_and_foreign_files_are_refused(q, tmp_path):
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             NVFP4Tensor.load(path)
     select(calibrate([np.ones((1, 16))])).save(path)
-    with pytest.raises(ValueError, match="not a nvfp4 file of version 1: its format is 'nvfp4-selection'"):
+    with pytest.raises(ValueError, match="not an nvfp4 file of version 1: its format is 'nvfp4-selection'"):
         NVFP4Tensor.load(path)
     q.save(path)
-    with pytest.raises(ValueError, match="not a nvfp4-selection file"):
+    with pytest.raises(ValueError, match="not an nvfp4-selection file"):
         Selection.load(path)
     with pytest.raises(FileNotFoundError):
         NVFP4Tensor.load(tmp_path / "absent")
@@ -93,14 +93,16 @@ def edit_header(data: bytes, edit) -> bytes:
 
 def test_contents_that_do_not_fit_are_refused(q, tmp_path):
     path = tmp_path / "q.safetensors"
-    for part, byte, message in [("block_scales", 0x7F, "NaN"), ("block_scales", 0xB8, "sign bit")]:
-        bad = q.map(np.copy)
-        getattr(bad, part)[1, 2] = byte
-        bad.save(path)
-        with pytest.raises(ValueError, match=f"{message}.* at index \\(1, 2\\)"):
-            NVFP4Tensor.load(path)
     q.save(path)
     whole = path.read_bytes()
+    for byte in (0x7F, 0xB8):
+        bad = q.map(np.copy)
+        bad.block_scales[1, 2] = byte
+        with pytest.raises(ValueError, match=rf"NaN or carry a sign bit, .* {byte:#x} at index \(1, 2\)"):
+            bad.save(path)
+        path.write_bytes(whole.replace(q.block_scales.tobytes(), bad.block_scales.tobytes()))
+        with pytest.raises(ValueError, match=rf"NaN or carry a sign bit, .* {byte:#x} at index \(1, 2\)"):
+            NVFP4Tensor.load(path)
     edits = {
         "its version is '2'": lambda h: h["__metadata__"].update(version="2"),
         "holds .*'U8'.*; expected": lambda h: h["block_scales"].update(dtype="U8"),
@@ -126,6 +128,19 @@ def test_selection_load_inverts_save_and_checks(tmp_path):
     selection.save(path)
     with pytest.raises(ValueError, match="not hold a valid selection: order is not a permutation"):
         Selection.load(path)
+
+
+def test_only_a_regular_file_in_an_existing_folder_is_written(q, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe exists and is not a regular file"):
+        q.save(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        q.save(tmp_path / "absent" / "q")
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    q.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert_same_tensor(NVFP4Tensor.load(tmp_path / "real"), q)
 
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, OSError])
