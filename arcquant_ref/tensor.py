@@ -117,9 +117,7 @@ def save_arrays(
     path: str | os.PathLike[str], arrays: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str]
 ) -> None:
     """Write named arrays with their safetensors dtypes; NumPy has none for E4M3."""
-    kept = {
-        name: np.require(a, requirements="C") for name, (_, a) in arrays.items()
-    }  # the specs hold addresses
+    kept = {name: np.require(a, requirements="C") for name, (_, a) in arrays.items()}  # alive while written
     specs = {
         name: safetensors.TensorSpec(
             dtype=arrays[name][0], shape=a.shape, data_ptr=a.ctypes.data, data_len=a.nbytes

@@ -166,6 +166,16 @@ def test_output_bound(x, w):
     assert not bounds.check_output(x, w, far, x_bounds, w_hat).holds
 
 
+def test_float32_rounding_reaches_beyond_3_17_but_not_beyond_its_allowance():
+    """Found by random search: amax and element 5 · step, each an ulp or two from its threshold."""
+    x = np.float32([[11.352904319763184, 10.017269134521484] + [0] * 14])
+    q = quantize(x, np.float32(1.7808476686477661))
+    error = abs(Fraction(exact_values(q)[0, 1]) - Fraction(float(x[0, 1])))
+    beyond = error / (bounds.NVFP4 * Fraction(float(x[0, 0]))) - 1
+    assert Fraction(7, 2**24) < beyond < Fraction(8, 2**24)
+    assert bounds.check(x, q).holds
+
+
 def test_an_exact_product_may_err_by_its_last_rounding_and_no_more():
     x, w = np.array([[1.0]]), np.array([[1 + 2.0**-25], [-1 - 2.0**-30], [2.0**-151 * 1.5]])
     exact_x = np.zeros((1, 1))
