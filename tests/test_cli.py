@@ -131,6 +131,7 @@ def test_matrices_are_read_from_every_kind_of_file():
     ("array", "message"),
     [
         (np.full((2, 32), np.nan), ": 64 of 64 elements are NaN"),
+        (np.full((2, 32), -np.inf), ": 64 of 64 elements are NaN, infinite"),
         (np.ones((2, 30)), " has K=30, which is not a multiple of the block size 16"),
         (np.ones(32), " has shape (32,); it must be a matrix"),
         (np.ones((2, 32), int), " has dtype int64"),
@@ -189,6 +190,7 @@ def test_bad_files_and_options(capsys):
         "dequantize nan.safetensors -o y.npy": "1 block scales are NaN",
         "select x.npy narrow.npy": "batches[1] has K=32 but the batches before it have K=64",
         "select x.npy --num-residual 20": "num_residual=20 must be a multiple of 16",
+        "select x.npy --num-residual 128": "num_residual=128 must be a multiple of 16 from 0 to 64",
         "select x.npy --tau 2": "tau=2.0 must be a number from 0 to 1",
         "select x.npy --multiple 10": "multiple=10 must be a positive multiple",
         "bounds narrow.npy --selection s.safetensors": "made for K=64 but x has K=32",

@@ -47,8 +47,11 @@ def test_every_bf16_and_fp16_encodes_as_in_ml_dtypes(backend, name):
     )
 
 
-def test_every_bf16_encodes_to_e4m3_as_in_torch():
+def test_every_e4m3_code_and_every_bf16_is_as_in_torch():
     torch = optional("torch")
+    codes = np.arange(256, dtype=np.uint8)
+    values = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(decode(E4M3, codes), values)
     x = torch.from_numpy(finite_bf16()).clamp(-E4M3.max, E4M3.max)
     np.testing.assert_array_equal(
         encode(E4M3, finite_bf16()), x.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
