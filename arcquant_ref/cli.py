@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it worked, 1 if a bound is violated, 2 for wrong input, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
-        return args.command(args) or 0
+        code = args.command(args) or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

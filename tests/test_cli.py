@@ -247,6 +247,12 @@ def test_as_a_process():
     assert subprocess.run([*command, "unknown"], capture_output=True).returncode == 2
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m arcquant_ref info | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ctrl_c_leaves_no_half_written_file():
     command = [sys.executable, "-m", "arcquant_ref", "demo", "--plot", "demo.png"]
     process = subprocess.Popen(
