@@ -1,4 +1,4 @@
-"""The three implementations behind one face, by name."""
+"""The implementations behind one face, by name. This version has the reference."""
 
 import importlib
 from pathlib import Path
@@ -40,6 +40,10 @@ def get(name: str) -> Backend:
         raise ValueError(f"backend={name!r} is not one of {', '.join(MODULES)}.")
     try:
         module = importlib.import_module(MODULES[name])
+    except ModuleNotFoundError as error:
+        if error.name != MODULES[name]:
+            raise ImportError(f"backend {name!r} is not usable here: {error}.") from error
+        raise ImportError(f"backend {name!r}: this version has no package {MODULES[name]!r}.") from error
     except Exception as error:  # whatever a broken installation raises is the reason
         raise ImportError(f"backend {name!r} is not usable here: {error}.") from error
     _refuse_a_stranger(module)

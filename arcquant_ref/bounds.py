@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
-from .augment import merge
+from .augment import merge, reordered
 from .formats import BLOCK, E2M1, E4M3, Float64, FloatFormat
 from .quantize import exact_values
 from .select import Selection
@@ -80,8 +80,8 @@ MXFP8_CEILING = _supremum_mx(E4M3, *_ceiling_range(E4M3))  # 1/17, attained
 MXFP8_FLOOR = _supremum_mx(E4M3, *_floor_range(E4M3))  # 1/8, not attained
 MXFP4_CEILING = _supremum_mx(E2M1, *_ceiling_range(E2M1))  # 1/5, attained
 MXFP4_FLOOR = _supremum_mx(E2M1, *_floor_range(E2M1))  # 1/4, not attained
-PAPER_ARC = Fraction(9, 8) ** 2 / 2**4  # sup α₁α₂ · ε₈, arXiv 2601.07475
-PAPER_MXFP8 = Fraction(2) / 2**4  # sup α · ε₈
+PAPER_ARC = Fraction(9, 8) ** 2 / 2**4  # as arXiv 2601.07475 states it: docs/spec.md, section 6
+PAPER_MXFP8 = Fraction(2) / 2**4
 
 # Float32 rounding. Relative: the quotient x / step and its step are each within 2⁻²⁴, which moves
 # an element at the midpoint 5 by 10 · 2⁻²⁴ steps; amax / 6 / tensor_scale adds 2 · 2⁻²⁴ to the scale.
@@ -141,11 +141,10 @@ def element_bounds(
     Without a selection x is quantized as it stands; with one it is augmented. Errors as in `quantize`;
     ValueError for a selection made for another K.
     """
-    x = checks.matrix("x", x, BLOCK)
     if selection is None:
-        return np.repeat(nvfp4_bound(_block_amax(x), tensor_scale), BLOCK, axis=1)
-    checks.selection_fits("x", x.shape[1], selection.K)
-    amax = _block_amax(x[:, selection.order])
+        x = checks.matrix("x", x, BLOCK)
+        return np.repeat(nvfp4_bound(block_amax(x), tensor_scale), BLOCK, axis=1)
+    amax = block_amax(reordered("x", x, selection))
     bounds = nvfp4_bound(amax, tensor_scale)
     with_residual = slice((selection.K - selection.num_residual) // BLOCK, None)
     if selection.num_residual:
@@ -153,13 +152,14 @@ def element_bounds(
     return np.repeat(bounds, BLOCK, axis=1)[:, np.argsort(selection.order)]
 
 
-def output_bounds(x: ArrayLike, w: ArrayLike, x_bounds: Float64, w_hat: ArrayLike) -> Float64:
+def output_bounds(x: ArrayLike, w: ArrayLike, x_bounds: ArrayLike, w_hat: ArrayLike) -> Float64:
     """Bound on |x wᵀ − x̂ ŵᵀ|, (M, N) float64, for x̂ within `x_bounds` (M, K) of x and known weights ŵ (N, K):
 
     Σ_k x_bounds[m, k] · |ŵ[n, k]| + Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|. The second sum is the weights' own
     error, known offline; ARC does not make it smaller. Raises ValueError for shapes that do not fit.
     """
-    x, w, w_hat = (np.asarray(a, np.float64) for a in (x, w, w_hat))
+    x, w, x_bounds, w_hat = (np.asarray(a, np.float64) for a in (x, w, x_bounds, w_hat))
+    checks.same_depth(x.shape[-1], w.shape[-1])
     checks.same_shape("x", x.shape, "x_bounds", x_bounds.shape)
     checks.same_shape("w", w.shape, "w_hat", w_hat.shape)
     return x_bounds @ np.abs(w_hat).T + np.abs(x) @ np.abs(w - w_hat).T
@@ -180,9 +180,10 @@ class Check:
         return self.worst_ratio <= 1
 
     def __str__(self) -> str:
+        verdict = "every error is within its bound" if self.holds else "BOUND VIOLATED"
         return (
-            f"worst error / bound {self.worst_ratio:.4f} at {self.index}: {self.true!r} became {self.got!r}, "
-            f"error {abs(self.true - self.got):.6g}, bound {self.bound:.6g}"
+            f"{verdict}; worst error / bound {self.worst_ratio:.4f} at {self.index}: {self.true!r} became "
+            f"{self.got!r}, error {abs(self.true - self.got):.6g}, bound {self.bound:.6g}"
         )
 
 
@@ -194,7 +195,8 @@ def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> C
     >>> from arcquant_ref import quantize
     >>> x = np.float32([[6.4, 5.4] + [0] * 14])
     >>> print(check(x, quantize(x, tensor_scale=1)))
-    worst error / bound 0.7969 at (0, 1): 5.400000095367432 became 4.5, error 0.9, bound 1.12941
+    every error is within its bound; worst error / bound 0.7969 at (0, 1): 5.400000095367432 became 4.5,
+    error 0.9, bound 1.12941
     """
     x = checks.matrix("x", x, BLOCK)
     got = exact_values(q) if selection is None else merge(q, selection)
@@ -202,7 +204,7 @@ def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> C
     return worst(x.astype(np.float64), got, element_bounds(x, q.tensor_scale, selection))
 
 
-def check_output(x: ArrayLike, w: ArrayLike, got: ArrayLike, x_bounds: Float64, w_hat: ArrayLike) -> Check:
+def check_output(x: ArrayLike, w: ArrayLike, got: ArrayLike, x_bounds: ArrayLike, w_hat: ArrayLike) -> Check:
     """Does every element of `got` (M, N), x̂ ŵᵀ rounded to float32, stay within `output_bounds` of x wᵀ?
 
     An infinite output counts as a violation. Errors as in `output_bounds`.
@@ -230,5 +232,6 @@ def worst(true: Float64, got: Float64, bound: Float64) -> Check:
     )
 
 
-def _block_amax(x: NDArray) -> NDArray:
-    return np.abs(x).reshape(len(x), -1, BLOCK).max(axis=-1)
+def block_amax(x: NDArray, block: int = BLOCK) -> NDArray:
+    """(M, K) → (M, K / block), the largest |x| of each block."""
+    return np.abs(x).reshape(len(x), -1, block).max(axis=-1)

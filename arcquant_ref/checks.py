@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LEAST_NORMAL = np.finfo(np.float32).tiny
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -26,7 +27,7 @@ def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
     if np.isfinite(rounded).all():
         return rounded
     bad = np.argwhere(~np.isfinite(rounded))
-    first = tuple(int(i) for i in bad[0])
+    first = tuple(bad[0].tolist())
     raise ValueError(
         f"{name}: {len(bad)} of {x.size} elements are NaN, infinite or beyond float32, the first is "
         f"{x[first]} at index {first}. If zeros are meant, write them: "
@@ -57,7 +58,7 @@ def tensor_scale(value: Any) -> np.float32:
         raise TypeError(f"tensor_scale={value!r} is not one real number; pass a float.")
     with np.errstate(over="ignore", under="ignore"):
         scale = np.float32(value)
-    if not (np.finfo(np.float32).tiny <= scale < np.inf):
+    if not (LEAST_NORMAL <= scale < np.inf):
         raise ValueError(
             f"tensor_scale={value} is not a positive, finite, normal float32 "
             f"(2**-126 <= tensor_scale < 2**128). Leave it out to have it computed from x."
@@ -71,7 +72,7 @@ def codes(name: str, array: Any, bits: int) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         raise TypeError(f"{name} has dtype {array.dtype}; codes are uint8, one code or packed pair a byte.")
     if array.size and array.max() >= 2**bits:
-        first = tuple(int(i) for i in np.argwhere(array >= 2**bits)[0])
+        first = tuple(np.argwhere(array >= 2**bits)[0].tolist())
         raise ValueError(
             f"{name} holds {array[first]:#04x} at index {first}; a code has {bits} bits "
             f"(at most {2**bits - 1:#x}). Two codes in one byte come apart with layout.unpack."
@@ -98,7 +99,7 @@ def scales_are_numbers(name: str, block_scales: NDArray[np.uint8], nan_code: int
     """No block scale is NaN or carries a sign bit: such a tensor has no value."""
     bad = np.argwhere(block_scales >= nan_code)
     if len(bad):
-        first = tuple(int(i) for i in bad[0])
+        first = tuple(bad[0].tolist())
         raise ValueError(
             f"{name}: {len(bad)} block scales are NaN or carry a sign bit, the first is "
             f"{block_scales[first]:#04x} at index {first}; a block scale is 0x00 to {nan_code - 1:#04x}. "
@@ -127,13 +128,17 @@ def augmented(k_prime: int, k: int, s: int) -> None:
         )
 
 
-def same_depth(a_k: int, b_k: int, limit: int) -> None:
-    """Both operands of a product have one K, at most `limit`."""
+def same_depth(a_k: int, b_k: int) -> None:
+    """Both operands of a product have one K."""
     if a_k != b_k:
         raise ValueError(
             f"a has K={a_k} and b has K={b_k}; a product needs one K. Both are (rows, K); "
             f"if one is augmented, augment the other with the same selection."
         )
+
+
+def depth(a_k: int, limit: int) -> None:
+    """K is at most `limit`."""
     if a_k > limit:
         raise ValueError(
             f"K={a_k} could overflow the exact int64 sum; the limit is {limit}. Split K and add."
@@ -178,7 +183,7 @@ def non_negative(name: str, amax: ArrayLike) -> NDArray[np.float32]:
     """Finite floats, none below zero, any shape."""
     array = floats(name, amax)
     if (array < 0).any():
-        first = tuple(int(i) for i in np.argwhere(array < 0)[0])
+        first = tuple(np.argwhere(array < 0)[0].tolist())
         raise ValueError(
             f"{name} is {array[first]} at index {first}; a maximum of |x| is never negative. Use np.abs."
         )

@@ -20,7 +20,7 @@ from . import backends, bounds, checks, demo, sample
 from .augment import augment_activations, augment_weights
 from .formats import BLOCK, Float32
 from .quantize import dequantize, quantize
-from .select import TAU, Selection, calibrate, select, select_top
+from .select import Selection, calibrate, select, select_top
 from .tensor import NVFP4Tensor, written_whole
 
 
@@ -73,19 +73,11 @@ def run_sample(args: argparse.Namespace) -> None:
 
 def run_select(args: argparse.Namespace) -> None:
     _require_suffix(args.output, ".safetensors")
-    if args.num_residual is not None and (args.tau is not None or args.multiple is not None):
-        raise ValueError(
-            "--num-residual fixes S; leave out --tau and --multiple, or leave out --num-residual."
-        )
+    rule = {key: value for key in ("tau", "multiple") if (value := getattr(args, key)) is not None}
+    if rule and args.num_residual is not None:
+        raise ValueError("--num-residual fixes S; leave it out, or leave out --tau and --multiple.")
     amax = calibrate(read_matrix(file) for file in tqdm(args.calibration, "batches", disable=None))
-    if args.num_residual is None:
-        selection = select(
-            amax,
-            tau=TAU if args.tau is None else args.tau,
-            multiple=BLOCK if args.multiple is None else args.multiple,
-        )
-    else:
-        selection = select_top(amax, args.num_residual)
+    selection = select(amax, **rule) if args.num_residual is None else select_top(amax, args.num_residual)
     if args.output:
         selection.save(args.output)
     outliers = selection.order[selection.K - selection.num_residual :]
@@ -118,13 +110,12 @@ def run_quantize(args: argparse.Namespace) -> None:
         selection = Selection.load(args.selection)
         if args.operand == "activations":
             q = augment_activations(x, selection, args.tensor_scale)
-        elif args.operand == "weights" and args.tensor_scale is None:
-            q = augment_weights(x, selection)
+        elif args.operand is None:
+            raise ValueError("--selection needs --operand activations or --operand weights.")
+        elif args.tensor_scale is not None:
+            raise ValueError("--tensor-scale goes with --operand activations; weights have their own.")
         else:
-            raise ValueError(
-                "--selection needs --operand activations or --operand weights, "
-                "and --tensor-scale goes with activations only."
-            )
+            q = augment_weights(x, selection)
     q.save(args.output)
     print(f"wrote {args.output}: {q.shape[0]} x {q.shape[1]}, tensor_scale {q.tensor_scale}")
 
@@ -197,11 +188,16 @@ def run_info(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(info)
         return
-    for key, value in info.items():
+    _print_tree(info)
+
+
+def _print_tree(tree: dict[str, Any], indent: str = "") -> None:
+    for key, value in tree.items():
         if isinstance(value, dict):
-            print(f"{key}:", *(f"  {name}: {text}" for name, text in value.items()), sep="\n")
+            print(f"{indent}{key}:")
+            _print_tree(value, indent + "  ")
         else:
-            print(f"{key}: {value}")
+            print(f"{indent}{key}: {', '.join(value) if isinstance(value, list) else value}")
 
 
 def _version(package: str) -> str:
@@ -278,7 +274,8 @@ def _parser() -> argparse.ArgumentParser:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON")
     parser = argparse.ArgumentParser(
-        prog="arcquant", description="ARCQuant on NVFP4, as a reference one can read."
+        prog="arcquant",
+        description="Quantize with ARCQuant on NVFP4, and check every error against its bound.",
     )
     parser.add_argument("--version", action="version", version=f"arcquant {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -291,7 +288,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     matrix_help = "FILE.npy, FILE.npz:ARRAY or FILE.safetensors:ARRAY"
-    p = command("demo", run_demo, "four schemes on four layers of a real language model", as_json)
+    p = command(
+        "demo", run_demo, "ARC and what it is compared with, on four layers of a real language model", as_json
+    )
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw channel amax and error against S")
     p.add_argument("--sample", type=Path, default=sample.SAMPLE, help="another file of `arcquant sample`")
 
@@ -322,7 +321,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npy")
 
     p = command(
-        "bounds", run_bounds, "the sharp error constants, or the worst error / bound of a matrix", as_json
+        "bounds",
+        run_bounds,
+        "the largest error / block amax of each format, or the worst error / bound of a matrix",
+        as_json,
     )
     p.add_argument("matrix", nargs="?", help=matrix_help)
     p.add_argument("--selection", type=Path, metavar="FILE.safetensors", help="augment the matrix first")

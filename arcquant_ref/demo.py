@@ -16,11 +16,12 @@ from .sample import Layer
 from .select import Selection, calibrate, select
 
 BF16_BITS = 16
+REORDERED = "W4A16 in ARC's order"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """What one scheme makes of x (M, K) and w (N, K): the operands it really multiplies, and the product."""
+    """What one scheme makes of x (M, K) and w (N, K): the values of both, in the original channel order."""
 
     scheme: str
     num_residual: int
@@ -68,7 +69,7 @@ def arc(x: Float32, w: Float32, selection: Selection) -> Result:
         bits_per_value=selection.bits_per_value,
         x_hat=merge(a, selection),
         x_bounds=bounds.element_bounds(x, a.tensor_scale, selection),
-        w_hat=dequantize(quantize(w[:, selection.order]))[:, np.argsort(selection.order)],
+        w_hat=_quantized_in_order(w, selection),
         y_hat=matmul(a, b),
     )
 
@@ -76,14 +77,23 @@ def arc(x: Float32, w: Float32, selection: Selection) -> Result:
 def w4a8(x: Float32, w: Float32) -> Result:
     """MXFP8 activations, NVFP4 weights; the product in float64."""
     x_hat, w_hat = mxfp8(x), dequantize(quantize(w))
-    amax = np.abs(x).reshape(len(x), -1, MX_BLOCK).max(axis=-1)
-    x_bounds = np.repeat(amax, MX_BLOCK, axis=1) * float(bounds.MXFP8_CEILING)
+    amax = np.repeat(bounds.block_amax(x, MX_BLOCK), MX_BLOCK, axis=1)
+    x_bounds = amax * float(bounds.MXFP8_CEILING)
     return _float64_product("W4A8", MXFP8_BITS, x_hat, x_bounds, w_hat)
 
 
 def w4a16(x: Float32, w: Float32) -> Result:
-    """Exact activations, NVFP4 weights: the limit that better activations approach."""
+    """Exact activations, NVFP4 weights: what is left when only the weights err."""
     return _float64_product("W4A16", BF16_BITS, x, np.zeros(x.shape), dequantize(quantize(w)))
+
+
+def w4a16_reordered(x: Float32, w: Float32, selection: Selection) -> Result:
+    """The same with the weights quantized in selection order, as ARC quantizes them: ARC's own limit."""
+    return _float64_product(REORDERED, BF16_BITS, x, np.zeros(x.shape), _quantized_in_order(w, selection))
+
+
+def _quantized_in_order(w: Float32, selection: Selection) -> Float32:
+    return dequantize(quantize(w[:, selection.order]))[:, np.argsort(selection.order)]
 
 
 def _float64_product(scheme: str, bits: float, x_hat: Float32, x_bounds: Float64, w_hat: Float32) -> Result:
@@ -101,7 +111,7 @@ def _float64_product(scheme: str, bits: float, x_hat: Float32, x_bounds: Float64
 def output_error(x: Float32, w: Float32, y_hat: NDArray) -> float:
     """Mean over tokens of ‖y − ŷ‖ / ‖y‖, y = x wᵀ in float64.
 
-    Token by token, because a language model's first token can be a thousand times the others: one norm over
+    Token by token, because a language model's first token can be far larger than the others: one norm over
     all of them would measure that token alone.
     """
     y = x.astype(np.float64) @ w.T
@@ -109,10 +119,11 @@ def output_error(x: Float32, w: Float32, y_hat: NDArray) -> float:
 
 
 def run(layer: Layer) -> list[Row]:
-    """Four schemes on one layer: channels selected on the calibration tokens, errors on the others."""
+    """Every scheme on one layer: channels selected on the calibration tokens, errors on the others."""
     x, w = layer.evaluation, layer.weight
     selection = select(calibrate([layer.calibration]))
-    return [_row(layer, result) for result in (nvfp4(x, w), arc(x, w, selection), w4a8(x, w), w4a16(x, w))]
+    results = [nvfp4(x, w), arc(x, w, selection), w4a8(x, w), w4a16(x, w), w4a16_reordered(x, w, selection)]
+    return [_row(layer, result) for result in results]
 
 
 def _row(layer: Layer, result: Result) -> Row:
@@ -136,13 +147,13 @@ def table(layer: Layer, rows: Sequence[Row]) -> str:
     (tokens, k), n = layer.evaluation.shape, len(layer.weight)
     lines = [
         f"{layer.name}: {tokens} tokens, K = {k}, {n} outputs",
-        "  scheme     S   bits/value   output error   worst error / bound: elements   outputs",
+        "  scheme                  S   bits/value   output error   worst error / bound: elements   outputs",
     ]
     for row in rows:
         residual = f"{row.num_residual:4d}" if row.scheme == "ARC" else "   -"
         elements = f"{row.element_ratio:.3f}" if row.element_ratio else "exact"
         lines.append(
-            f"  {row.scheme:<7} {residual}   {row.bits_per_value:10.2f}   {row.output_error:12.2%}"
+            f"  {row.scheme:<20} {residual}   {row.bits_per_value:10.2f}   {row.output_error:12.2%}"
             f"   {elements:>29}   {row.output_ratio:7.3f}"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The number formats. Widths are stated here and nowhere else; every other constant is computed from them."""
+"""The number formats. The widths of E2M1, E4M3 and E8M0 stand here; every constant of theirs is computed."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,8 +91,11 @@ E4M3 = FloatFormat("E4M3", exponent_bits=4, mantissa_bits=3, nan_codes=1)
 E8M0 = FloatFormat("E8M0", exponent_bits=8, mantissa_bits=0, sign_bits=0, nan_codes=1, subnormals=False)
 
 
+NVFP4_BITS = E2M1.bits + E4M3.bits / BLOCK  # 4.5 a value, the tensor scale not counted
+
+
 def encode(fmt: FloatFormat, x: Float32) -> Codes:
-    """Nearest codes of `x`, any shape: midpoints go to the even code, ±max saturates, zero keeps its sign."""
+    """Nearest codes of `x`, any shape: midpoints go to the even code, beyond ±max becomes ±max, −0 stays."""
     assert fmt.sign_bits, f"{fmt.name} has no sign; its scales are powers of two, found without rounding"
     ties_down = np.searchsorted(fmt.midpoints, np.abs(x), side="left")
     ties_up = np.searchsorted(fmt.midpoints, np.abs(x), side="right")
@@ -108,9 +111,9 @@ def decode(fmt: FloatFormat, codes: Codes) -> Float32:
 def encode_e2m1(x: ArrayLike) -> Codes:
     """Nearest E2M1 (FP4) codes 0 … 15 of `x`, any shape; ties to even, saturating at ±6, −0 kept.
 
-    `x` is float16, bfloat16, float32 or float64 (rounded once to float32). Raises TypeError for another
-    dtype, ValueError for NaN, infinity or an empty array. Source: OCP Microscaling Formats 1.0, section
-    5.3.3.
+    `x` is float16, bfloat16 (of ml_dtypes), float32 or float64 (rounded once to float32). Raises TypeError
+    for another dtype, ValueError for NaN, infinity or an empty array. Source: OCP Microscaling Formats 1.0,
+    section 5.3.3.
 
     >>> encode_e2m1(np.float32([0.25, 0.75, 2.5, -5, 100]))
     array([ 0,  2,  4, 14,  7], dtype=uint8)

@@ -18,7 +18,8 @@ MAX_DEPTH = int((2**63 - 1) // (E2M1.max * E4M3.max / UNIT) ** 2)  # 1.2 million
 def integer_values(q: NVFP4Tensor, name: str = "q") -> NDArray[np.int64]:
     """(2 · e2m1) · (512 · e4m3) of each element, (M, K): the value in units of 2⁻¹⁰ · tensor_scale.
 
-    Raises TypeError for another type, ValueError for a NaN block scale; `name` is what the error calls q.
+    Raises TypeError for another type, ValueError for a block scale without a value; `name` is
+    what the error calls q.
     """
     checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
     checks.scales_are_numbers(f"{name}.block_scales", q.block_scales, E4M3.nan_code)
@@ -30,14 +31,16 @@ def integer_values(q: NVFP4Tensor, name: str = "q") -> NDArray[np.int64]:
 def integer_matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> NDArray[np.int64]:
     """I = Σ_k a·b without any rounding, (M, N) int64; a bᵀ is I · 2⁻²⁰ · both tensor scales."""
     left, right = integer_values(a, "a"), integer_values(b, "b")
-    checks.same_depth(left.shape[1], right.shape[1], MAX_DEPTH)
+    checks.same_depth(left.shape[1], right.shape[1])
+    checks.depth(left.shape[1], MAX_DEPTH)
     return left @ right.T
 
 
 def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     """a bᵀ, (M, K) and (N, K) → (M, N): the real number rounded once to float32 (beyond its range: ±inf).
 
-    Raises ValueError for a NaN block scale, different K, or K above 1.2 million.
+    Raises TypeError for another type, ValueError for a block scale that is NaN or has a sign bit, different
+    K, or K above 1.2 million.
 
     >>> from arcquant_ref import quantize
     >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)
@@ -51,10 +54,8 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
         y = product.astype(np.float32)
         # `product` is two float64 roundings off, less than 2⁻⁵¹ of itself. Where that could change y, work y
         # out exactly (Ziv's test).
-        doubtful = (product * (1 - 2.0**-51)).astype(np.float32) != (product * (1 + 2.0**-51)).astype(
-            np.float32
-        )
-    for i in zip(*np.nonzero(doubtful)):
+        low, high = ((product * (1 + slack)).astype(np.float32) for slack in (-(2.0**-51), 2.0**-51))
+    for i in zip(*np.nonzero(low != high)):
         y[i] = nearest_float32(int(total[i]) * Fraction(float(scale)))
     return y
 

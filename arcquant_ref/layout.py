@@ -67,7 +67,7 @@ def unswizzle_128x4(swizzled: Codes, shape: tuple[int, int]) -> Codes:
     >>> bool((unswizzle_128x4(swizzle_128x4(scales), (2, 5)) == scales).all())
     True
     """
-    if len(shape) != 2:
+    if np.shape(shape) != (2,):
         raise ValueError(f"shape={shape} must be (M, K/16), the shape of the scales before swizzling.")
     offset, size = _offsets(*shape)
     if np.shape(swizzled) != (size,):

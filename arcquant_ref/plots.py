@@ -58,7 +58,7 @@ def _error_against_s(axes: Axes, layer: Layer) -> None:
 
     errors = [error(demo.arc(x, w, select_top(chosen.channel_amax, s))) for s in sizes]
     by_rule = errors[sizes.index(chosen.num_residual)]
-    plain, order = error(demo.nvfp4(x, w)), chosen.order
+    plain = error(demo.nvfp4(x, w))
     axes.axhline(plain, color=GREY, linestyle="-", label="NVFP4, channels as they are")
     axes.plot(sizes, errors, color=BLUE, marker="o", markersize=4, label="ARC")
     axes.plot(
@@ -72,7 +72,7 @@ def _error_against_s(axes: Axes, layer: Layer) -> None:
     )
     axes.axhline(error(demo.w4a8(x, w)), color=GREY, linestyle="--", label="W4A8 (MXFP8)")
     axes.axhline(error(demo.w4a16(x, w)), color=GREY, linestyle=":", label="W4A16")
-    limit = error(demo.w4a16(x[:, order], w[:, order]))
-    axes.axhline(limit, color=BLUE, linestyle=":", label="W4A16, channels in ARC's order")
+    limit = error(demo.w4a16_reordered(x, w, chosen))
+    axes.axhline(limit, color=BLUE, linestyle=":", label=demo.REORDERED)
     axes.set_ylim(0, 1.1 * max(plain, *errors))
     axes.set_xlabel("residual channels S")

@@ -4,11 +4,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks
-from .formats import BLOCK, E2M1, E4M3, Codes, Float32, Float64, decode, encode
+from .formats import BLOCK, E2M1, E4M3, Float32, Float64, decode, encode
 from .tensor import NVFP4Tensor
 
 F32 = np.float32
-LEAST_NORMAL = np.finfo(np.float32).tiny
 
 
 def tensor_scale_of(x: Float32) -> np.float32:
@@ -23,10 +22,10 @@ def tensor_scale_of(x: Float32) -> np.float32:
     if amax == 0:
         return F32(1)
     with np.errstate(under="ignore"):
-        return np.maximum(amax / F32(E2M1.max * E4M3.max), LEAST_NORMAL)
+        return np.maximum(amax / F32(E2M1.max * E4M3.max), checks.LEAST_NORMAL)
 
 
-def quantize(x: ArrayLike, tensor_scale: float | None = None) -> NVFP4Tensor:
+def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NVFP4Tensor:
     """The (M, K) matrix as an NVFP4 tensor, blocks of 16 along K.
 
     `x` is float16, bfloat16, float32 or float64 (rounded once to float32). `tensor_scale` is computed from x
@@ -40,33 +39,32 @@ def quantize(x: ArrayLike, tensor_scale: float | None = None) -> NVFP4Tensor:
     """
     x = checks.matrix("x", x, BLOCK)
     scale = tensor_scale_of(x) if tensor_scale is None else checks.tensor_scale(tensor_scale)
-    codes, block_scales = quantize_blocks(x.reshape(len(x), -1, BLOCK), scale)
-    return NVFP4Tensor(codes=codes.reshape(x.shape), block_scales=block_scales, tensor_scale=scale)
-
-
-def quantize_blocks(x: Float32, tensor_scale: np.float32) -> tuple[Codes, Codes]:
-    """(…, 16) float32 → (…, 16) E2M1 codes and (…) E4M3 block scales. The order of steps is normative."""
-    amax = np.abs(x).max(axis=-1)
-    with np.errstate(over="ignore", under="ignore"):
-        scale = amax / F32(E2M1.max) / tensor_scale
-        block_scales = encode(E4M3, np.clip(scale, F32(E4M3.least_positive), F32(E4M3.max)))
-        step = decode(E4M3, block_scales) * tensor_scale  # positive: the least scale is floored, see `clip`
-        return encode(E2M1, x / step[..., None]), block_scales
+    blocks = x.reshape(len(x), -1, BLOCK)
+    amax = np.abs(blocks).max(axis=-1)
+    with np.errstate(over="ignore", under="ignore"):  # the order of these operations is normative
+        v = amax / F32(E2M1.max) / scale
+        block_scales = encode(E4M3, np.clip(v, F32(E4M3.least_positive), F32(E4M3.max)))
+        step = decode(E4M3, block_scales) * scale  # never zero: the least block scale is floored
+        codes = encode(E2M1, blocks / step[..., None]).reshape(x.shape)
+    return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
 
 
 def exact_values(q: NVFP4Tensor) -> Float64:
-    """The (M, K) values of `q` without rounding: each is a product of 2, 4 and 24 significant bits."""
+    """The (M, K) values of `q`, float64, without rounding: products of 2, 4 and 24 significant bits.
+
+    Errors as in `dequantize`.
+    """
     checks.is_a("q", q, NVFP4Tensor, "quantize(x) makes one.")
     checks.scales_are_numbers("q.block_scales", q.block_scales, E4M3.nan_code)
-    scales = decode(E4M3, q.block_scales).astype(np.float64) * np.float64(q.tensor_scale)
-    return decode(E2M1, q.codes).astype(np.float64) * np.repeat(scales, BLOCK, axis=1)
+    step = decode(E4M3, q.block_scales).astype(np.float64) * np.float64(q.tensor_scale)
+    return decode(E2M1, q.codes).astype(np.float64) * np.repeat(step, BLOCK, axis=1)
 
 
 def dequantize(q: NVFP4Tensor) -> Float32:
     """The (M, K) values of `q`, each rounded once to float32.
 
     Beyond float32, which takes a static tensor scale and x within 18/17 of its limit, a value becomes ±inf.
-    Raises TypeError for another type, ValueError for a NaN block scale.
+    Raises TypeError for another type, ValueError for a block scale that is NaN or has a sign bit.
 
     >>> dequantize(quantize(np.float32([[5] + [0] * 15]), tensor_scale=1))[0, :2]
     array([4.875, 0.   ], dtype=float32)

@@ -8,17 +8,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
-from .formats import BLOCK, E2M1, E4M3, Float32
+from .formats import BLOCK, NVFP4_BITS, Float32
 from .tensor import load_arrays, save_arrays
 
-TAU = 2.0**-3  # E5M2, an 8-bit float, has three exponent bits more than E2M1 (arXiv 2601.07475)
+TAU = 2.0**-3  # the paper's rule: 2^−(5 − 2), from the exponent bits of E5M2 and E2M1 (arXiv 2601.07475)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Selection:
     """A channel order for one layer, and how many of its last channels carry a residual.
 
-    order         (K,) int64, a permutation: channel_amax ascending, outliers last
+    order         (K,) int64, any permutation; `select` makes it ascending in channel_amax, outliers last
     num_residual  S, a multiple of 16 with 0 <= S <= K
     channel_amax  (K,) float32, max |x| of each channel over the calibration rows, in the original channel
     order
@@ -44,7 +44,7 @@ class Selection:
     @property
     def bits_per_value(self) -> float:
         """Storage for one activation: 4.5 · (K + S) / K."""
-        return (E2M1.bits + E4M3.bits / BLOCK) * (self.K + self.num_residual) / self.K
+        return NVFP4_BITS * (self.K + self.num_residual) / self.K
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""

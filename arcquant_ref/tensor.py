@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 
 from . import checks, layout
-from .formats import BLOCK, E2M1, E4M3, Codes
+from .formats import BLOCK, E2M1, E4M3, NVFP4_BITS, Codes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,7 +50,7 @@ class NVFP4Tensor:
         ...             tensor_scale=1).bits_per_value
         4.5
         """
-        return E2M1.bits + E4M3.bits / BLOCK
+        return NVFP4_BITS
 
     def map(self, f: Callable[[Any], Any]) -> "NVFP4Tensor":
         """The same tensor with `f` applied to codes and block scales: pick rows, reverse them, copy them."""
@@ -59,7 +59,7 @@ class NVFP4Tensor:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all; docs/spec.md, section 2, says what is in it.
 
-        Raises ValueError for a NaN block scale or a path that is not a regular file.
+        Raises ValueError for a block scale that is NaN or has a sign bit, or a path that is no regular file.
         """
         checks.scales_are_numbers("block_scales", self.block_scales, E4M3.nan_code)
         arrays: dict[str, tuple[str, np.ndarray]] = {
@@ -71,7 +71,7 @@ class NVFP4Tensor:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "NVFP4Tensor":
-        """Read what `save` wrote. Raises ValueError for a damaged or foreign file or a NaN block scale."""
+        """Read what `save` wrote. ValueError for a damaged or foreign file or an unusable block scale."""
         arrays = load_arrays(
             path, FILE_METADATA, {"codes": "U8", "block_scales": "F8_E4M3", "tensor_scale": "F32"}
         )

@@ -4,9 +4,7 @@
 """
 
 from fractions import Fraction
-
-BLOCK = 16
-SIGN = {"e2m1": 8, "e4m3": 128}
+from math import copysign
 
 
 def round_to(x: Fraction, precision: int, least_exponent: int) -> Fraction:
@@ -38,25 +36,23 @@ def e4m3(x: Fraction) -> Fraction:
     return min(round_to(x, 4, -6), Fraction(448))
 
 
-def code(value: Fraction, negative: bool, mantissa_bits: int, least_exponent: int, sign: int) -> int:
-    """The bits of an E2M1 or E4M3 value."""
-    magnitude = abs(value)
+def code(value: Fraction, mantissa_bits: int, least_exponent: int) -> int:
+    """The magnitude bits of an E2M1 or E4M3 value."""
     exponent = least_exponent
-    while magnitude >= Fraction(2) ** (exponent + 1):
+    while abs(value) >= Fraction(2) ** (exponent + 1):
         exponent += 1
-    units = magnitude / Fraction(2) ** (exponent - mantissa_bits)  # hidden bit included
+    units = abs(value) / Fraction(2) ** (exponent - mantissa_bits)  # hidden bit included
     assert units.denominator == 1
-    return (exponent - least_exponent) * 2**mantissa_bits + units.numerator + (sign if negative else 0)
+    return (exponent - least_exponent) * 2**mantissa_bits + units.numerator
 
 
-def quantize_block(x: list[float], tensor_scale: Fraction, rounding=fl) -> tuple[list[int], int]:
-    """Sixteen float32 → sixteen E2M1 codes and an E4M3 code. rounding=Fraction leaves out float32."""
+def quantize_block(x: list[float], tensor_scale: Fraction) -> tuple[list[int], int]:
+    """Sixteen float32 → sixteen E2M1 codes and an E4M3 code."""
     values = [Fraction(v) for v in x]
-    v = rounding(rounding(max(map(abs, values)) / 6) / tensor_scale)
-    scale = e4m3(max(v, Fraction(1, 2**9)))
-    step = rounding(scale * tensor_scale)
-    codes = [code(e2m1(rounding(v / step)), str(f)[0] == "-", 1, 0, SIGN["e2m1"]) for v, f in zip(values, x)]
-    return codes, code(scale, False, 3, -6, SIGN["e4m3"])
+    scale = e4m3(max(fl(fl(max(map(abs, values)) / 6) / tensor_scale), Fraction(1, 2**9)))
+    step = fl(scale * tensor_scale)
+    codes = [8 * (copysign(1, f) < 0) + code(e2m1(fl(v / step)), 1, 0) for v, f in zip(values, x)]
+    return codes, code(scale, 3, -6)
 
 
 def decode(element: int, scale: int) -> Fraction:

@@ -38,7 +38,6 @@ def test_a_foreign_package_of_the_same_name_is_refused_by_its_path(tmp_path, mon
     for name in [n for n in sys.modules if n.split(".")[0] == "emulator"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(backends, "ROOT", backends.ROOT)
     with pytest.raises(ImportError, match=f"'emulator' found at {tmp_path}.* is not the one of arcquant_ref"):
         backends.get("emulator")
     sys.modules.pop("emulator", None)

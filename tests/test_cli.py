@@ -61,7 +61,7 @@ def test_demo_prints_a_table_per_layer_and_what_it_shows(capsys):
 
 def test_demo_as_json_and_as_a_picture(capsys):
     rows = json.loads(run(capsys, "demo --json --plot demo.png"))
-    assert len(rows) == 16
+    assert len(rows) == 20
     assert all(row["output_ratio"] <= 1 for row in rows)
     with open("demo.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
@@ -183,6 +183,9 @@ def test_bad_files_and_options(capsys):
         "quantize x.npy --tensor-scale nan -o q.safetensors": "tensor_scale=nan is not a positive",
         "quantize x.npy --operand weights -o q.safetensors": "--operand weights needs --selection",
         "quantize x.npy --selection s.safetensors -o q.safetensors": "--selection needs --operand",
+        "quantize x.npy --selection s.safetensors --operand weights --tensor-scale 1 -o q.safetensors": (
+            "--tensor-scale goes with --operand activations"
+        ),
         "quantize narrow.npy --selection s.safetensors --operand weights -o q.safetensors": "for K=64 but",
         "quantize x.npy --selection q.safetensors --operand weights -o q.safetensors": "nvfp4-selection file",
         "dequantize x.npy -o y.npy": "x.npy is damaged or not a safetensors file",
@@ -208,7 +211,7 @@ def test_bad_files_and_options(capsys):
         "quantize x.npy -o q.npy": "q.npy must end in .safetensors",
         "quantize x.npy -o folder.safetensors": "exists and is not a regular file",
         "dequantize q.safetensors -o y.safetensors": "y.safetensors must end in .npy",
-        "select x.npy --num-residual 16 --tau 0.1": "leave out --num-residual",
+        "select x.npy --num-residual 16 --tau 0.1": "leave it out, or leave out --tau",
         "bounds --selection s.safetensors": "--selection needs a matrix",
         "sample -o sample.npy": "sample.npy must end in .npz",
         "quantize x.npy -o absent/q.safetensors": "absent does not exist. Create it first",

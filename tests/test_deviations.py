@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 from support import every_backend, optional
 
-from arcquant_ref import calibrate, layout, select, select_top
-from arcquant_ref.augment import merge
+from arcquant_ref import bounds, calibrate, layout, select, select_top
+from arcquant_ref.augment import interleave, merge, split
 from arcquant_ref.formats import BLOCK, E2M1
 from arcquant_ref.quantize import exact_values
 
@@ -116,7 +116,7 @@ def test_low_nibble_is_even_k_where_comfy_kitchen_defaults_to_the_high_one():
 
 
 @every_backend
-def test_cosine_cannot_see_a_missing_residual(backend):
+def test_cosine_cannot_see_a_missing_residual_but_the_bound_does(backend):
     """A test at cosine > 0.98 on U(−½, ½) passes without any residual; the error bound does not."""
     rng = np.random.default_rng(0)
     x, w = rng.uniform(-0.5, 0.5, (64, 256)), rng.uniform(-0.5, 0.5, (64, 256))
@@ -125,3 +125,7 @@ def test_cosine_cannot_see_a_missing_residual(backend):
     arc = backend.matmul(backend.augment_activations(x, selection), backend.augment_weights(w, selection))
     for got in (plain, arc):
         assert (y * got).sum() / np.linalg.norm(y) / np.linalg.norm(got) > 0.98
+    q = backend.augment_activations(x, selection)
+    primary, r = split(q, 256)
+    assert bounds.check(x, q, selection).holds
+    assert not bounds.check(x, interleave(primary, r.map(np.zeros_like)), selection).holds

@@ -39,8 +39,8 @@ def test_every_code_decodes_as_in_ml_dtypes(backend, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_bf16_and_fp16_encodes_as_in_ml_dtypes(backend, name):
     fp16 = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
-    x = np.concatenate([finite_bf16(), fp16[np.isfinite(fp16)]])
-    x = neighbours(x)[np.isfinite(neighbours(x))]
+    x = neighbours(np.concatenate([finite_bf16(), fp16[np.isfinite(fp16)]]))
+    x = x[np.isfinite(x)]
     saturated = np.clip(x, -FORMATS[name].max, FORMATS[name].max)  # ml_dtypes gives NaN above 464
     np.testing.assert_array_equal(
         getattr(backend, f"encode_{name}")(x), saturated.astype(ML_DTYPES[name]).view(np.uint8)
@@ -75,7 +75,7 @@ def test_every_threshold_and_its_neighbours(backend, name):
 @pytest.mark.parametrize("name", FORMATS)
 @given(x=arrays(np.float32, 16, elements=finite))
 @example(x=np.repeat(E2M1.midpoints, 3)[:16])
-@example(x=-np.repeat(E4M3.midpoints, 1)[-16:])
+@example(x=-E4M3.midpoints[-16:])
 def test_encode_picks_a_nearest_value(backend, name, x):
     fmt = FORMATS[name]
     got = getattr(backend, f"decode_{name}")(getattr(backend, f"encode_{name}")(x)).astype(np.float64)

@@ -26,16 +26,20 @@ MUTANTS = [
     ("layout", "np.zeros(size, np.uint8)", "np.full(size, 255, np.uint8)"),  # padding
     ("tensor", "layout.pack(self.codes)", "layout.pack(self.codes[:, ::-1])"),
     ("quantize", "np.abs(x).max()\n", "x.max()\n"),  # signed tensor amax
-    ("quantize", "np.abs(x).max(axis=-1)", "x.max(axis=-1)"),  # signed block amax
-    ("quantize", "amax / F32(E2M1.max) / tensor_scale", "amax / (F32(E2M1.max) * tensor_scale)"),  # order
-    ("quantize", "amax / F32(E2M1.max) / tensor_scale", "amax * (F32(1) / F32(E2M1.max)) / tensor_scale"),
-    ("quantize", "x / step[..., None]", "x * (F32(1) / step[..., None])"),  # reciprocal
-    ("quantize", "x / step[..., None]", "x / tensor_scale / decode(E4M3, block_scales)[..., None]"),  # order
+    ("quantize", "np.abs(blocks).max(axis=-1)", "blocks.max(axis=-1)"),  # signed block amax
+    ("quantize", "amax / F32(E2M1.max) / scale", "amax / (F32(E2M1.max) * scale)"),  # order
+    ("quantize", "amax / F32(E2M1.max) / scale", "amax * (F32(1) / F32(E2M1.max)) / scale"),
+    ("quantize", "blocks / step[..., None]", "blocks * (F32(1) / step[..., None])"),  # reciprocal
+    (
+        "quantize",
+        "blocks / step[..., None]",
+        "blocks / scale / decode(E4M3, block_scales)[..., None]",
+    ),  # order
     ("quantize", "F32(E4M3.least_positive)", "F32(E4M3.least_normal)"),  # floor of other libraries
     ("quantize", "F32(E4M3.least_positive)", "F32(0)"),  # no floor
     ("quantize", "amax / F32(E2M1.max * E4M3.max)", "amax / F32(E2M1.max) / F32(E4M3.max)"),
-    ("quantize", "LEAST_NORMAL)\n", "F32(0))\n"),  # subnormal tensor scales
-    ("quantize", "        return F32(1)\n", "        return LEAST_NORMAL\n"),  # all-zero tensor
+    ("quantize", "checks.LEAST_NORMAL)\n", "F32(0))\n"),  # subnormal tensor scales
+    ("quantize", "        return F32(1)\n", "        return checks.LEAST_NORMAL\n"),  # all-zero tensor
     ("quantize", "(x - exact_values(q)).astype(np.float32)", "x - dequantize(q)"),  # residual rounded twice
     ("quantize", "(x - exact_values(q))", "(exact_values(q) - x)"),  # sign of the residual
     ("select", "(amax > checks", "(amax >= checks"),  # a channel at τ
@@ -43,19 +47,23 @@ MUTANTS = [
     ("select", "-(-outliers // multiple) * multiple", "(outliers // multiple + 1) * multiple"),
     ("select", 'kind="stable"', 'kind="stable")[::-1].copy('),  # outliers first
     ("select", "np.maximum(amax, batch_amax)", "batch_amax"),  # calibration forgets
-    ("augment", "primary.tensor_scale)\n    extra", "np.float32(1))\n    extra"),
-    ("augment", "residual(reordered, primary)[:, outliers]", "reordered[:, outliers] * np.float32(0)"),
-    ("augment", "residual(reordered, primary)[:, outliers]", "residual(x, primary)[:, outliers]"),
+    ("augment", "quantize(r, primary.tensor_scale)", "quantize(r, np.float32(1))"),
+    (
+        "augment",
+        "residual(x, primary)[:, -selection.num_residual :]",
+        "x[:, -selection.num_residual :] * np.float32(0)",
+    ),
+    ("augment", "[:, -selection.num_residual :]", "[:, : selection.num_residual]"),
     (
         "augment",
         "np.stack([n - s // BLOCK + appended, n + appended], axis=1)",
         "np.stack([n + appended, n - s // BLOCK + appended], axis=1)",
     ),
     ("augment", "pairs.ravel()", "pairs.ravel(order='F')"),  # not interleaved
-    ("augment", "quantize(w[:, selection.order])", "quantize(w)"),
+    ("augment", 'quantize(reordered("w", w, selection))', "quantize(w)"),
     ("gemm", "* UNIT**2  #", "* UNIT  #"),
     ("gemm", "if exact > nearest else", "if exact < nearest else"),
-    ("gemm", "    for i in zip(*np.nonzero(doubtful)):", "    for i in []:"),  # Ziv's test left out
+    ("gemm", "    for i in zip(*np.nonzero(low != high)):", "    for i in []:"),  # Ziv's test left out
     ("bounds", "if midpoint >= Fraction(E4M3.least_normal)", "if midpoint >= 0"),
     ("bounds", "E2M1.max * half_spacing)", "half_spacing)"),  # "at most one step"
     ("bounds", "np.maximum(bound, a - E2M1.max * E4M3.max)", "bound"),  # saturation
