@@ -48,11 +48,7 @@ MUTANTS = [
     ("select", 'kind="stable"', 'kind="stable")[::-1].copy('),  # outliers first
     ("select", "np.maximum(amax, batch_amax)", "batch_amax"),  # calibration forgets
     ("augment", "quantize(r, primary.tensor_scale)", "quantize(r, np.float32(1))"),
-    (
-        "augment",
-        "residual(x, primary)[:, -selection.num_residual :]",
-        "x[:, -selection.num_residual :] * np.float32(0)",
-    ),
+    ("augment", "r = residual(x, primary)", "r = 0 * residual(x, primary)"),
     ("augment", "[:, -selection.num_residual :]", "[:, : selection.num_residual]"),
     (
         "augment",
