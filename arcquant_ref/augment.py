@@ -12,7 +12,9 @@ from .select import Selection
 from .tensor import NVFP4Tensor
 
 
-def augment_activations(x: ArrayLike, selection: Selection, tensor_scale: float | None = None) -> NVFP4Tensor:
+def augment_activations(
+    x: ArrayLike, selection: Selection, tensor_scale: float | np.float32 | None = None
+) -> NVFP4Tensor:
     """(M, K) activations → (M, K + S): channels in selection order, the last S of them with their residual.
 
     The residual is quantized with the tensor scale of the primary codes: the GEMM has only one. With S = 0

@@ -80,21 +80,21 @@ def run_select(args: argparse.Namespace) -> None:
     selection = select(amax, **rule) if args.num_residual is None else select_top(amax, args.num_residual)
     if args.output:
         selection.save(args.output)
-    outliers = selection.order[selection.K - selection.num_residual :]
+    residual_channels = selection.order[selection.K - selection.num_residual :].tolist()
     if args.json:
         _print_json(
             {
                 "K": selection.K,
                 "num_residual": selection.num_residual,
                 "bits_per_value": selection.bits_per_value,
-                "residual_channels": outliers.tolist(),
+                "residual_channels": residual_channels,
             }
         )
         return
     print(
         f"K = {selection.K}, S = {selection.num_residual}, {selection.bits_per_value:.3f} bits per activation"
     )
-    print("residual channels, smallest amax first:", *outliers)
+    print("residual channels, smallest amax first:", *residual_channels)
 
 
 def run_quantize(args: argparse.Namespace) -> None:

@@ -55,6 +55,9 @@ MUTANTS = [
         "np.stack([n - s // BLOCK + appended, n + appended], axis=1)",
         "np.stack([n + appended, n - s // BLOCK + appended], axis=1)",
     ),
+    ("augment", "q.block_scales[:, blocks])", "q.block_scales[:, blocks][:, ::-1])"),  # scale bytes swapped
+    ("layout", "+ s % TILE_COLS", "+ (s % TILE_COLS ^ 1)"),  # neighbouring scale bytes swapped
+    ("layout", "row, s = np.arange(rows)[:, None]", "row, s = np.arange(rows)[::-1, None]"),  # index
     ("augment", "pairs.ravel()", "pairs.ravel(order='F')"),  # not interleaved
     ("augment", 'quantize(reordered("w", w, selection))', "quantize(w)"),
     ("gemm", "* UNIT**2  #", "* UNIT  #"),
