@@ -1,6 +1,7 @@
 """What a user reads when input is wrong: argument, value, rule, way out. Only public doors call these."""
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,24 @@ LEAST_NORMAL = np.finfo(np.float32).tiny
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
-    """`x` as float32, any shape. float64 is rounded once; NaN, inf, overflow and other dtypes are refused."""
+def float_array(name: str, x: ArrayLike, dtypes: Sequence[str] = FLOAT_DTYPES) -> NDArray[Any]:
+    """`x` as an array, any shape, not empty, of one of these dtypes."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; fill it first, for example {name}.filled(0).")
     x = np.asarray(x)
-    if x.dtype.name not in FLOAT_DTYPES:
+    if x.dtype.name not in dtypes:
         raise TypeError(
-            f"{name} has dtype {x.dtype}; it must be one of {', '.join(FLOAT_DTYPES)}. "
+            f"{name} has dtype {x.dtype}; it must be one of {', '.join(dtypes)}. "
             f"Convert it first, for example {name}.astype(np.float32)."
         )
     if x.size == 0:
         raise ValueError(f"{name} has shape {x.shape} and no elements; give at least one.")
+    return x
+
+
+def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
+    """`x` as float32, any shape. float64 is rounded once; NaN, inf, overflow and other dtypes are refused."""
+    x = float_array(name, x)
     with np.errstate(over="ignore", under="ignore"):
         rounded = x.astype(np.float32)
     if np.isfinite(rounded).all():
@@ -37,6 +44,11 @@ def floats(name: str, x: ArrayLike) -> NDArray[np.float32]:
 
 def matrix(name: str, x: ArrayLike, block: int) -> NDArray[np.float32]:
     """`x` as a float32 (M, K) matrix whose K is a multiple of `block`."""
+    return floats(name, matrix_shape(name, x, block))
+
+
+def matrix_shape(name: str, x: ArrayLike, block: int) -> NDArray[Any]:
+    """`x` as an (M, K) array of any dtype whose K is a multiple of `block`."""
     x = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
     if x.ndim != 2:
         raise ValueError(f"{name} has shape {x.shape}; it must be a matrix. Reshape it to (rows, K).")
@@ -47,7 +59,7 @@ def matrix(name: str, x: ArrayLike, block: int) -> NDArray[np.float32]:
             f"{name} has K={k}, which is not a multiple of the block size {block}. "
             f"Pad the last axis with {short} zeros (np.pad({name}, ((0, 0), (0, {short}))))."
         )
-    return floats(name, x)
+    return x
 
 
 def tensor_scale(value: Any) -> np.float32:
@@ -117,6 +129,12 @@ def same_shape(a: str, a_shape: tuple[int, ...], b: str, b_shape: tuple[int, ...
     """Two arrays that are compared element by element have one shape."""
     if a_shape != b_shape:
         raise ValueError(f"{a} has shape {a_shape} but {b} has {b_shape}; they belong to one matrix.")
+
+
+def has_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """An array has the one shape that an MMA instruction takes."""
+    if shape != expected:
+        raise ValueError(f"{name} has shape {shape}; one MMA takes {expected}. Cut or pad it to that.")
 
 
 def augmented(k_prime: int, k: int, s: int) -> None:

@@ -4,7 +4,7 @@
 """
 
 from fractions import Fraction
-from math import copysign
+from math import copysign, frexp, inf, isfinite, nan
 
 
 def round_to(x: Fraction, precision: int, least_exponent: int) -> Fraction:
@@ -66,3 +66,49 @@ def decode(element: int, scale: int) -> Fraction:
         else (1 + Fraction(scale_mantissa, 8)) * Fraction(2) ** (scale_exponent - 7)
     )
     return (-magnitude if element >= 8 else magnitude) * factor
+
+
+def toward_zero(x: Fraction, unit: Fraction) -> Fraction:
+    """The multiple of `unit` at x, or next to it on the side of zero."""
+    return (abs(x) // unit) * unit * (1 if x > 0 else -1)
+
+
+def exponent_of(x: float, least: int) -> int:
+    return max(frexp(x)[1] - 1, least)
+
+
+def tensor_core(terms: list[tuple[Fraction, int]], c: float, fraction_bits: int, zero_exponent: int) -> float:
+    """D of one step: terms (value, exponent) and C, aligned, cut off, summed, cut off to float32."""
+    if not isfinite(c):
+        return c
+    terms = [*terms, (Fraction(c), exponent_of(c, -126) if c else zero_exponent)]
+    unit = Fraction(2) ** (max(exponent for _, exponent in terms) - fraction_bits)
+    total = sum((toward_zero(value, unit) for value, _ in terms), Fraction(0))
+    if abs(total) >= 2**128:
+        return inf if total > 0 else -inf
+    return float(toward_zero(total, Fraction(2) ** (exponent_of(float(total), -126) - 23)))
+
+
+def nvfp4_step(a_codes: list[int], b_codes: list[int], sfa: list[int], sfb: list[int], c: float) -> float:
+    """One output of mma.m16n8k64 mxf4nvf4 on an RTX Blackwell GPU; one = 0x38 is the scale 1.0."""
+    one, terms = 0x38, []
+    scales = [[scale % 128 for scale in side] for side in (sfa, sfb)]
+    if 0x7F in scales[0] + scales[1]:
+        return nan
+    for g, (s, t) in enumerate(zip(*scales)):
+        block = slice(16 * g, 16 * g + 16)
+        products = [decode(x, one) * decode(y, one) for x, y in zip(a_codes[block], b_codes[block])]
+        value = sum(products) * decode(2, s) * decode(2, t)
+        has_product = any(products) and s and t
+        terms.append((value, max(s // 8, 1) + max(t // 8, 1) - 14 if has_product else -139))
+    return tensor_core(terms, c, 35, -139)
+
+
+def half_step(a: list[float], b: list[float], c: float, least_exponent: int) -> float:
+    """One output of mma.m16n8k16 on a Hopper GPU; the least exponent is -14 for fp16, -126 for bf16."""
+    everything = sum((x * y for x, y in zip(a, b)), c)
+    if not isfinite(everything):
+        return everything
+    exponents = [exponent_of(x, least_exponent) + exponent_of(y, least_exponent) for x, y in zip(a, b)]
+    terms = [(Fraction(x) * Fraction(y), e if x * y else -133) for x, y, e in zip(a, b, exponents)]
+    return tensor_core(terms, c, 25, -133)

@@ -1,0 +1,123 @@
+"""matmul: the chain of tensor-core steps over K, for every output, as an RTX Blackwell GPU computes it."""
+
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from arcquant_ref import checks
+from arcquant_ref.formats import Float32, Float64
+from arcquant_ref.tensor import NVFP4Tensor
+
+from .formats import MANTISSA, NAN, f32, f64, float_of
+from .jit import helper, kernel, over_rows
+from .tensor_core import (
+    ALL_ZERO,
+    GROUP_UNIT,
+    HAS_NAN,
+    RTX_BLACKWELL,
+    Ints,
+    Operand,
+    add_groups,
+    operand,
+    power_of_two,
+)
+
+TILE_M, TILE_N = 256, 512  # outputs that one thread works on: their sums stay in its cache
+# How far below the largest exponent a term's own may lie before any of its bits are cut off
+KEEPS_C = RTX_BLACKWELL.fraction_bits - MANTISSA
+KEEPS_GROUP = RTX_BLACKWELL.fraction_bits - GROUP_UNIT
+NO_SCALE = 100  # instead of an exponent, where a step has only zeros
+_blas = Lock()  # how many threads BLAS uses is a setting of the process
+
+
+def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
+    """a bᵀ, (M, K) and (N, K) → (M, N) float32: `mma_m16n8k64` chained over k = 0, 64, …, bit for bit.
+
+    The chain starts at +0 and K is filled up with zero codes and zero scales to a multiple of 64; the result
+    is fl(acc · fl(tensor_scale_a · tensor_scale_b)). A NaN block scale makes its outputs NaN (0x7FFFFFFF);
+    the sign of a block scale is ignored: UE4M3. Raises TypeError for another type, ValueError for different K.
+
+    >>> from emulator import quantize
+    >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)
+    >>> matmul(ones, ones)
+    array([[34.03125]], dtype=float32)
+    """
+    for name, q in (("a", a), ("b", b)):
+        checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
+    checks.same_depth(a.shape[1], b.shape[1])
+    left, right = operand(a.codes, a.block_scales), operand(b.codes, b.block_scales)
+    y = np.empty((len(a.codes), len(b.codes)), f32)
+    tiles = [(m, n) for m in range(0, y.shape[0], TILE_M) for n in range(0, y.shape[1], TILE_N)]
+
+    def task(start: int, stop: int) -> None:
+        for m, n in tiles[start:stop]:
+            rows, columns = slice(m, m + TILE_M), slice(n, n + TILE_N)
+            _epilogue(_chain(left, right, rows, columns), a.tensor_scale, b.tensor_scale, y[rows, columns])
+
+    with _blas, threadpool_limits(1, user_api="blas"):  # each of our threads calls BLAS for its own tile
+        over_rows(task, len(tiles))
+    return y
+
+
+def _chain(left: Operand, right: Operand, rows: slice, columns: slice) -> Float64:
+    """The accumulators of a tile after the last step: float32 values, held in float64."""
+    acc = np.zeros((left.values[0, rows].shape[0], right.values[0, columns].shape[0]))
+    dots, doubtful = np.empty_like(acc), np.empty(len(acc), np.bool_)
+    for s in range(len(left.values)):
+        a, b = left.values[s, rows], right.values[s, columns]
+        of_a, of_b = left.exponents[s, rows], right.exponents[s, columns]
+        np.matmul(a, b.T, out=dots)  # multiples of 2^-20 below 2^29: exact in float64, in any order
+        _add_plain(dots, of_a, of_b, acc, doubtful)
+        if doubtful.any():
+            add_groups(a, b, of_a, of_b, np.flatnonzero(doubtful), acc)
+    return acc
+
+
+@kernel
+def _add_plain(
+    dots: Float64, exponents_a: Ints, exponents_b: Ints, acc: Float64, doubtful: NDArray[np.bool_]
+) -> None:
+    """One step, in place, for the rows where nothing is cut off before the last rounding: D is C plus all 64
+    products there, truncated once. The other rows are marked doubtful and left as they are."""
+    highest_b, lowest_b = exponent_range(exponents_b)
+    for m in range(len(acc)):
+        highest, lowest = exponent_range(exponents_a[m : m + 1])
+        highest, lowest = highest + highest_b, lowest + lowest_b
+        c, dot = acc[m], dots[m]
+        least, beyond = power_of_two(highest - KEEPS_C), power_of_two(lowest + KEEPS_GROUP + 1)
+        cut_off = highest - lowest > KEEPS_GROUP
+        for n in range(len(c)):
+            cut_off |= not (((c[n] == 0) | (abs(c[n]) >= least)) & (abs(c[n]) < beyond))
+        doubtful[m] = cut_off
+        if not cut_off:
+            for n in range(len(c)):
+                c[n] = toward_zero_normal(c[n] + dot[n])
+
+
+@helper
+def exponent_range(exponents: Ints) -> tuple[int, int]:
+    """The largest and smallest exponent among blocks that are not all zero; a NaN exceeds every limit."""
+    highest, lowest = -NO_SCALE, NO_SCALE
+    for exponent in exponents.flat:
+        if exponent == HAS_NAN:
+            return HAS_NAN, -HAS_NAN
+        if exponent != ALL_ZERO:
+            highest, lowest = max(highest, int(exponent)), min(lowest, int(exponent))
+    return highest, lowest
+
+
+@helper
+def toward_zero_normal(x: f64) -> f64:
+    """float64 truncated to the 24 bits of float32; x is 0 or a multiple of 2^-47, normal in both."""
+    return np.int64(f64(x).view(np.int64) & ~((1 << 29) - 1)).view(f64)
+
+
+@kernel
+def _epilogue(acc: Float64, tensor_scale_a: f32, tensor_scale_b: f32, y: Float32) -> None:
+    scale = f32(tensor_scale_a * tensor_scale_b)
+    for m in range(len(acc)):
+        for n in range(acc.shape[1]):
+            scaled = f32(acc[m, n]) * scale
+            y[m, n] = float_of(NAN) if np.isnan(scaled) else scaled

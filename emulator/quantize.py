@@ -1,0 +1,151 @@
+"""quantize: the normative order of operations (docs/spec.md, section 3), and back."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from arcquant_ref import checks
+from arcquant_ref.formats import BLOCK, E2M1, E4M3, Codes, Float32
+from arcquant_ref.tensor import NVFP4Tensor
+
+from .formats import (
+    INF,
+    MAGNITUDE,
+    Bits,
+    bits_in,
+    bits_of,
+    f32,
+    float_of,
+    largest,
+    largest_code,
+    load,
+    nearest_e2m1,
+    nearest_e4m3,
+    u8,
+    u32,
+    value_e2m1,
+    value_e4m3,
+)
+from .jit import helper, kernel, over_rows
+
+E2M1_MAX, E4M3_MAX = f32(largest(E2M1)), f32(largest(E4M3))
+TENSOR_MAX = f32(largest(E2M1) * largest(E4M3))
+LEAST_SCALE = f32(2.0 ** (1 - E4M3.bias - E4M3.mantissa_bits))
+LEAST_NORMAL = f32(2.0**-126)
+
+
+def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NVFP4Tensor:
+    """The (M, K) matrix as an NVFP4 tensor, blocks of 16 along K: the bytes of `arcquant_ref.quantize`.
+
+    `x` is float32, float16, bfloat16 (of ml_dtypes, or its bits as uint16) or float64 (rounded once to
+    float32: the only dtype that is copied whole). Raises as there.
+
+    >>> quantize(np.float32([[0, 1, 2, 3, 4, 5, 6, -6] * 2]), tensor_scale=1).codes[0, :8]
+    array([ 0,  2,  4,  5,  6,  6,  7, 15], dtype=uint8)
+    """
+    bits = matrix_bits("x", x)
+    scale = tensor_scale_for("x", x, bits, tensor_scale)
+    rows, k = bits.shape
+    codes, block_scales = np.empty((rows, k), u8), np.empty((rows, k // BLOCK), u8)
+
+    def task(start: int, stop: int) -> u32:
+        return _quantize_rows(bits[start:stop], scale, codes[start:stop], block_scales[start:stop])
+
+    refuse_non_finite("x", x, max(over_rows(task, rows)))
+    return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
+
+
+def dequantize(q: NVFP4Tensor) -> Float32:
+    """The (M, K) values of `q`, each rounded once to float32. Raises as `arcquant_ref.dequantize`."""
+    checks.is_a("q", q, NVFP4Tensor, "quantize(x) makes one.")
+    checks.scales_are_numbers("q.block_scales", q.block_scales, largest_code(E4M3) + 1)
+    values = np.empty(q.shape, f32)
+
+    def task(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        _dequantize_rows(q.codes[part], q.block_scales[part], q.tensor_scale, values[part])
+
+    over_rows(task, len(values))
+    return values
+
+
+def matrix_bits(name: str, x: ArrayLike) -> Bits:
+    """(M, K) bits with K a multiple of 16. NaN and infinity pass here: the kernels meet them as they read."""
+    return bits_in(name, checks.matrix_shape(name, x, BLOCK))
+
+
+def refuse_non_finite(name: str, x: ArrayLike, amax: u32) -> None:
+    """Raise what `arcquant_ref` raises if the bits of the largest |x| are those of infinity or NaN."""
+    if amax >= INF:
+        x = np.asarray(x)
+        checks.floats(name, x if x.dtype != np.uint16 else (x.astype(u32) << 16).view(f32))
+
+
+def tensor_scale_for(
+    name: str, x: ArrayLike, bits: Bits, tensor_scale: float | np.float32 | None
+) -> np.float32:
+    """The caller's tensor scale, or the one that follows from all of x."""
+    if tensor_scale is not None:
+        return checks.tensor_scale(tensor_scale)
+    amax = max(over_rows(lambda start, stop: _amax(bits[start:stop]), len(bits)))
+    refuse_non_finite(name, x, amax)
+    return f32(_tensor_scale(amax))
+
+
+@kernel
+def _amax(x: Bits) -> u32:
+    """The bits of the largest |x|, or of a NaN: as integers, magnitudes sort as the numbers do."""
+    scratch, amax = np.empty(x.shape[1], u32), u32(0)
+    for row in range(len(x)):
+        bits = load(x[row], scratch)
+        for i in range(len(bits)):
+            amax = max(amax, u32(bits[i] & MAGNITUDE))
+    return amax
+
+
+@kernel
+def _tensor_scale(amax: u32) -> f32:
+    if amax == u32(0):
+        return f32(1)
+    return max(float_of(amax) / TENSOR_MAX, LEAST_NORMAL)
+
+
+@kernel
+def _quantize_rows(x: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
+    scratch, block = np.empty(x.shape[1], u32), np.empty(block_scales.shape[1], f32)
+    most = u32(0)
+    for row in range(len(x)):
+        bits = load(x[row], scratch)
+        most = max(most, quantize_blocks(bits, tensor_scale, codes[row], block_scales[row], block))
+    return most
+
+
+@kernel
+def _dequantize_rows(codes: Codes, block_scales: Codes, tensor_scale: f32, values: Float32) -> None:
+    for row in range(len(codes)):
+        for b in range(block_scales.shape[1]):
+            scale = value_e4m3(block_scales[row, b])
+            for i in range(b * BLOCK, (b + 1) * BLOCK):
+                exact = value_e2m1(codes[row, i]) * scale  # 6 significant bits
+                values[row, i] = exact * tensor_scale
+
+
+@helper
+def quantize_blocks(bits: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes, block: Float32) -> u32:
+    """Blocks of one row → their codes and block scales; returns the bits of the largest magnitude.
+
+    `block` is scratch, one float32 a block: its amax, then its step. Three loops vectorize, one would not.
+    """
+    most = u32(0)
+    for b in range(len(block_scales)):
+        amax = u32(0)
+        for i in range(b * BLOCK, (b + 1) * BLOCK):
+            amax = max(amax, u32(bits[i] & MAGNITUDE))
+        block[b], most = float_of(amax), max(most, amax)
+    for b in range(len(block_scales)):
+        v = block[b] / E2M1_MAX / tensor_scale  # the order is normative
+        block_scales[b] = nearest_e4m3(bits_of(min(max(v, LEAST_SCALE), E4M3_MAX)))
+        block[b] = value_e4m3(block_scales[b]) * tensor_scale
+    for b in range(len(block_scales)):
+        for i in range(b * BLOCK, (b + 1) * BLOCK):
+            codes[i] = nearest_e2m1(bits_of(float_of(bits[i]) / block[b]))
+    return most
