@@ -36,8 +36,8 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     """a bᵀ, (M, K) and (N, K) → (M, N) float32: `mma_m16n8k64` chained over k = 0, 64, …, bit for bit.
 
     The chain starts at +0 and K is filled up with zero codes and zero scales to a multiple of 64; the result
-    is fl(acc · fl(tensor_scale_a · tensor_scale_b)). A NaN block scale makes its outputs NaN (0x7FFFFFFF);
-    the sign of a block scale is ignored: UE4M3. Raises TypeError for another type, ValueError for different K.
+    is fl(acc · fl(tensor_scale_a · tensor_scale_b)). A NaN block scale makes its outputs 0x7FFFFFFF; the
+    sign of a block scale is ignored: UE4M3. Raises TypeError for another type, ValueError for another K.
 
     >>> from emulator import quantize
     >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)

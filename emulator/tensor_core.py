@@ -217,9 +217,9 @@ def float32_toward_zero(integer: int, exponent: int) -> f32:
     binade = max(exponent + length - 1, 1 - BIAS)
     if binade > BIAS:
         return f32(np.inf if integer > 0 else -np.inf)
-    kept = abs(shifted(integer, exponent + MANTISSA - binade))  # in units of the last bit
-    bits = ((binade - 1 + BIAS) << MANTISSA) + kept  # a hidden one in `kept` adds the missing 1
-    return float_of(u32(bits | SIGN) if integer < 0 else u32(bits))
+    kept = shifted(integer, exponent + MANTISSA - binade)  # in units of the last bit
+    bits = ((binade - 1 + BIAS) << MANTISSA) + abs(kept)  # a hidden one in `kept` adds the missing 1
+    return float_of(u32(bits | SIGN) if kept < 0 else u32(bits))
 
 
 @helper

@@ -1,0 +1,74 @@
+"""Reference and emulator, two arithmetics, byte for byte."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import matrices, tensor_scales
+from support import assert_same_tensor
+
+import arcquant_ref
+import emulator
+from arcquant_ref import Selection, calibrate, sample, select, select_top
+from arcquant_ref.formats import BLOCK
+
+
+@st.composite
+def activations(draw):
+    """Rows of every kind of block, some of them shared by many rows, and a selection with any order and S."""
+    x = draw(matrices(max_rows=5))
+    k = x.shape[1]
+    order = np.array(draw(st.permutations(range(k))))
+    s = BLOCK * draw(st.integers(0, k // BLOCK))
+    return x, Selection(order=order, num_residual=s, channel_amax=calibrate([x]))
+
+
+@given(activations(), tensor_scales)
+@example((np.zeros((1, 16), np.float32), select_top(np.zeros(16, np.float32), 16)), None)
+@example((np.full((3, 16), -2688 * 3, np.float32), select_top(np.ones(16, np.float32), 16)), 1.0)
+def test_same_bytes(layer, tensor_scale):
+    x, selection = layer
+    for function, *arguments in [
+        ("quantize", x, tensor_scale),
+        ("augment_activations", x, selection, tensor_scale),
+        ("augment_weights", x, selection),
+    ]:
+        q = getattr(emulator, function)(*arguments)
+        assert_same_tensor(q, getattr(arcquant_ref, function)(*arguments))
+        got, expected = emulator.dequantize(q), arcquant_ref.dequantize(q)
+        np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+@given(activations(), tensor_scales)
+def test_same_bytes_from_other_dtypes(dtype, layer, tensor_scale):
+    x, selection = layer
+    with np.errstate(all="ignore"):
+        x = x.astype(dtype)
+    x[~np.isfinite(x.astype(np.float64))] = 1
+    expected = arcquant_ref.augment_activations(x, selection, tensor_scale)
+    assert_same_tensor(emulator.augment_activations(x, selection, tensor_scale), expected)
+    if dtype == ml_dtypes.bfloat16:
+        bits = x.view(np.uint16)
+        assert_same_tensor(emulator.augment_activations(bits, selection, tensor_scale), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129])
+@pytest.mark.parametrize("k", [16, 48, 1040])
+def test_same_bytes_for_ragged_shapes(rows, k):
+    """A million numbers over 60 binades, with rows that no number of threads divides."""
+    rng = np.random.default_rng(rows * k)
+    x = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-30, 30, k))).astype(np.float32)
+    selection = select(calibrate([x]))
+    assert_same_tensor(
+        emulator.augment_activations(x, selection), arcquant_ref.augment_activations(x, selection)
+    )
+
+
+@pytest.mark.parametrize("layer", sample.load_sample(), ids=lambda layer: layer.name)
+def test_same_bytes_on_a_real_layer(layer):
+    selection = select(calibrate([layer.calibration]))
+    for function, x in (("augment_activations", layer.evaluation), ("augment_weights", layer.weight)):
+        q = getattr(emulator, function)(x, selection)
+        assert_same_tensor(q, getattr(arcquant_ref, function)(x, selection))
