@@ -92,6 +92,16 @@ def codes(name: str, array: Any, bits: int) -> NDArray[np.uint8]:
     return array
 
 
+def pairs_of_codes(name: str, array: Any, bits: int) -> NDArray[np.uint8]:
+    """An (M, K) array of codes below 2**bits, K even."""
+    array = codes(name, array, bits)
+    if array.ndim != 2 or array.shape[1] % 2:
+        raise ValueError(
+            f"{name} has shape {array.shape}; it must be (M, K) with K even, two codes to a byte."
+        )
+    return array
+
+
 def block_scales_fit(codes: NDArray[np.uint8], block_scales: NDArray[np.uint8], block: int) -> None:
     """Codes are (M, K) with K a multiple of `block`, block scales (M, K / block)."""
     if codes.ndim != 2 or codes.size == 0 or codes.shape[1] % block:

@@ -166,9 +166,32 @@ def _print_constants(as_json: bool) -> None:
         print(f"{name:<24} {ours!s:>10} = {float(ours):.5f}   {stated:>16}")
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    _require_suffix(args.plot, ".png")
+    checks.multiple_of("size", args.size, 8 * 4 * BLOCK)
+    backends.get("emulator")  # or the reason why not
+    from . import bench
+
+    rows, machine = bench.run(args.size), bench.machine()
+    grown = bench.growth(args.size) if args.plot else []
+    if args.json:
+        _print_json({"machine": machine, "rows": [asdict(row) for row in rows + grown]})
+    else:
+        _print_tree(machine)
+        print("\n" + bench.table(rows))
+    if args.plot:
+        from .plots import growth_figure
+
+        figure = growth_figure(grown)
+        with written_whole(args.plot) as file:
+            figure.savefig(file, format="png", dpi=120)
+
+
 def run_info(args: argparse.Namespace) -> None:
     packages = (
         "numpy",
+        "numba",
+        "threadpoolctl",
         "safetensors",
         "matplotlib",
         "ml_dtypes",
@@ -333,6 +356,12 @@ def _parser() -> argparse.ArgumentParser:
         "sample", run_sample, "capture the demo's layers again from the model (needs the extra `model`)"
     )
     p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npz")
+
+    p = command("bench", run_bench, "the emulator's speed beside copies, BLAS and other libraries", as_json)
+    p.add_argument(
+        "--size", type=int, default=4096, help="rows and columns to quantize; products have size/4"
+    )
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw time against size, from 256 up")
 
     command("info", run_info, "versions, usable backends, where the sample comes from", as_json)
     return parser

@@ -17,11 +17,7 @@ def pack(codes: Codes) -> Codes:
     >>> pack(np.uint8([[1, 2, 3, 4]]))
     array([[33, 67]], dtype=uint8)
     """
-    codes = checks.codes("codes", codes, E2M1.bits)
-    if codes.ndim != 2 or codes.shape[1] % 2:
-        raise ValueError(
-            f"codes has shape {codes.shape}; it must be (M, K) with K even, two codes to a byte."
-        )
+    codes = checks.pairs_of_codes("codes", codes, E2M1.bits)
     pairs = np.ascontiguousarray(codes).view("<u2")  # even k in the low byte, odd k in the high one
     return np.bitwise_or(pairs, pairs >> E2M1.bits, dtype=np.uint8, casting="unsafe")
 

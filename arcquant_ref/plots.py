@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from . import demo
+from .bench import Row
 from .formats import BLOCK
 from .sample import Layer
 from .select import TAU, calibrate, select, select_top
@@ -76,3 +77,24 @@ def _error_against_s(axes: Axes, layer: Layer) -> None:
     axes.axhline(limit, color=BLUE, linestyle=":", label=demo.REORDERED)
     axes.set_ylim(0, 1.1 * max(plain, *errors))
     axes.set_xlabel("residual channels S")
+
+
+def growth_figure(rows: Sequence[Row]) -> Figure:
+    """Time of quantize and of matmul against their work, with the line of equal cost per item."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    titles = {"quantize": "quantize (n, n)", "matmul": "matmul (n, n) by (n, n)"}
+    for axes, (name, title), color in zip(figure.subplots(1, 2), titles.items(), (BLUE, ORANGE)):
+        points = [row for row in rows if row.name == name]
+        work, time = np.array([[1e9 * row.work, 1e3 * row.median] for row in points]).T
+        spread = np.abs(np.array([[1e3 * row.best, 1e3 * row.worst] for row in points]).T - time)
+        axes.plot(work, time[-1] * work / work[-1], color=GREY, linestyle="--", label="same cost per item")
+        axes.errorbar(
+            work, time, spread, color=color, marker="o", linestyle="", label="median, best to worst"
+        )
+        for row, x, y in zip(points, work, time):
+            axes.annotate(f"n = {row.group}", (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
+        axes.set(xscale="log", yscale="log", title=title, ylabel="time (ms)")
+        axes.set_xlabel("values, n²" if name == "quantize" else "products, n³")
+        axes.legend(frameon=False)
+    figure.suptitle("The cost grows with the work: one line, until a call costs more than what it does")
+    return figure

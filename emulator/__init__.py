@@ -7,7 +7,7 @@ jit.forget_stale_code()  # before the modules below look for theirs
 from .augment import augment_activations, augment_weights  # noqa: E402
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3  # noqa: E402
 from .gemm import matmul  # noqa: E402
-from .quantize import dequantize, quantize  # noqa: E402
+from .quantize import dequantize, pack, quantize  # noqa: E402
 from .tensor_core import mma_m16n8k16, mma_m16n8k64  # noqa: E402
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "matmul",
     "mma_m16n8k16",
     "mma_m16n8k64",
+    "pack",
     "quantize",
 ]

@@ -10,7 +10,7 @@ from arcquant_ref.formats import BLOCK, Codes, Float32
 from arcquant_ref.select import Selection
 from arcquant_ref.tensor import NVFP4Tensor
 
-from .formats import Bits, bits_of, f32, f64, float_of, u32, value_e2m1, value_e4m3, widen
+from .formats import Bits, bits_of, f32, f64, float_of, u8, u32, value_e2m1, value_e4m3, widen
 from .jit import helper, kernel, over_rows
 from .quantize import matrix_bits, quantize_blocks, refuse_non_finite, tensor_scale_for
 
@@ -55,37 +55,37 @@ def _augment(
 @kernel
 def _activation_rows(x: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
     k, s = len(order), codes.shape[1] - len(order)
-    bits, primary, primary_scales, block = row_scratch(k)
-    residual, appended, appended_scales, _ = row_scratch(s)
-    scratch, most = np.empty(k, u32), u32(0)
+    first = (k - s) // BLOCK  # block with a residual: P₀ R₀ P₁ R₁ … from here on
+    scratch, bits, block = np.empty(k, u32), np.empty(k, u32), np.empty(k // BLOCK, f32)
+    primary, primary_scales = np.empty(s, u8), np.empty(s // BLOCK, u8)
+    appended, appended_scales = np.empty(s, u8), np.empty(s // BLOCK, u8)
+    values, residual, most = np.empty(s, f32), np.empty(s, u32), u32(0)
     for row in range(len(x)):
         gather(x[row], order, scratch, bits)
-        most = max(most, quantize_blocks(bits, tensor_scale, primary, primary_scales, block))
-        scales = primary_scales[(k - s) // BLOCK :]
-        residual_of(bits[k - s :], primary[k - s :], scales, tensor_scale, residual)
+        plain, outliers, c, scales = bits[: k - s], bits[k - s :], codes[row], block_scales[row]
+        most = max(most, quantize_blocks(plain, tensor_scale, c[: k - s], scales[:first], block))
+        most = max(most, quantize_blocks(outliers, tensor_scale, primary, primary_scales, block))
+        residual_of(outliers, primary, primary_scales, tensor_scale, values, residual)
         quantize_blocks(residual, tensor_scale, appended, appended_scales, block)
-        interleave(primary, appended, BLOCK, codes[row])
-        interleave(primary_scales, appended_scales, 1, block_scales[row])
+        every_other(primary, primary_scales, c, scales, first)
+        every_other(appended, appended_scales, c, scales, first + 1)
     return most
 
 
 @kernel
 def _weight_rows(w: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
     k, s = len(order), codes.shape[1] - len(order)
-    bits, primary, scales, block = row_scratch(k)
-    scratch, most = np.empty(k, u32), u32(0)
+    first = (k - s) // BLOCK
+    scratch, bits, block = np.empty(k, u32), np.empty(k, u32), np.empty(k // BLOCK, f32)
+    primary, primary_scales, most = np.empty(s, u8), np.empty(s // BLOCK, u8), u32(0)
     for row in range(len(w)):
         gather(w[row], order, scratch, bits)
-        most = max(most, quantize_blocks(bits, tensor_scale, primary, scales, block))
-        interleave(primary, primary[k - s :], BLOCK, codes[row])
-        interleave(scales, scales[(k - s) // BLOCK :], 1, block_scales[row])
+        plain, outliers, c, scales = bits[: k - s], bits[k - s :], codes[row], block_scales[row]
+        most = max(most, quantize_blocks(plain, tensor_scale, c[: k - s], scales[:first], block))
+        most = max(most, quantize_blocks(outliers, tensor_scale, primary, primary_scales, block))
+        every_other(primary, primary_scales, c, scales, first)
+        every_other(primary, primary_scales, c, scales, first + 1)
     return most
-
-
-@helper
-def row_scratch(k: int) -> tuple[Bits, Codes, Codes, Float32]:
-    """Room for one row: bits, codes, block scales, one float32 a block."""
-    return np.empty(k, u32), np.empty(k, np.uint8), np.empty(k // BLOCK, np.uint8), np.empty(k // BLOCK, f32)
 
 
 @helper
@@ -96,13 +96,17 @@ def gather(row: Bits, order: Bits, scratch: Bits, bits: Bits) -> None:
 
 
 @helper
-def residual_of(bits: Bits, codes: Codes, block_scales: Codes, tensor_scale: f32, residual: Bits) -> None:
+def residual_of(
+    bits: Bits, codes: Codes, block_scales: Codes, tensor_scale: f32, values: Float32, residual: Bits
+) -> None:
     """Numbers minus the exact values of their codes, each rounded once to float32, as one FMA does."""
     for b in range(len(block_scales)):
         scale = value_e4m3(block_scales[b])
         for i in range(b * BLOCK, (b + 1) * BLOCK):
-            value = f64(value_e2m1(codes[i]) * scale) * f64(tensor_scale)  # exact: 6 and 24 significant bits
-            residual[i] = bits_of(difference(f64(float_of(bits[i])), value))
+            values[i] = value_e2m1(codes[i]) * scale  # 6 significant bits; 30 with the tensor scale
+    for i in range(len(bits)):
+        value = f64(values[i]) * f64(tensor_scale)
+        residual[i] = bits_of(difference(f64(float_of(bits[i])), value))
 
 
 @helper
@@ -118,12 +122,12 @@ def difference(a: f64, b: f64) -> f32:
 
 
 @helper
-def interleave(primary: Codes, appended: Codes, width: int, out: Codes) -> None:
-    """P … P, then P₀ A₀ P₁ A₁ … for as many of the last P as there are A, each of them `width` bytes."""
-    plain = len(primary) - len(appended)
-    for i in range(plain):
-        out[i] = primary[i]
-    for start in range(0, len(appended), width):
-        for i in range(start, start + width):
-            out[plain + start + i] = primary[plain + i]
-            out[plain + start + i + width] = appended[i]
+def every_other(
+    codes: Codes, block_scales: Codes, all_codes: Codes, all_block_scales: Codes, first: int
+) -> None:
+    """Write blocks to the places first, first + 2, …"""
+    for b in range(len(block_scales)):
+        at = first + 2 * b
+        all_block_scales[at] = block_scales[b]
+        for i in range(BLOCK):
+            all_codes[at * BLOCK + i] = codes[b * BLOCK + i]

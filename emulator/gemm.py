@@ -4,10 +4,10 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from arcquant_ref import checks
-from arcquant_ref.formats import Float32, Float64
+from arcquant_ref.formats import BLOCK, Codes, Float32, Float64
 from arcquant_ref.tensor import NVFP4Tensor
 
 from .formats import MANTISSA, NAN, f32, f64, float_of
@@ -20,6 +20,7 @@ from .tensor_core import (
     Ints,
     Operand,
     add_groups,
+    nvfp4_in_integers,
     operand,
     power_of_two,
 )
@@ -29,7 +30,7 @@ TILE_M, TILE_N = 256, 512  # outputs that one thread works on: their sums stay i
 KEEPS_C = RTX_BLACKWELL.fraction_bits - MANTISSA
 KEEPS_GROUP = RTX_BLACKWELL.fraction_bits - GROUP_UNIT
 NO_SCALE = 100  # instead of an exponent, where a step has only zeros
-_blas = Lock()  # how many threads BLAS uses is a setting of the process
+_blas, _one_user = ThreadpoolController(), Lock()  # how many threads BLAS uses is a setting of the process
 
 
 def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
@@ -56,7 +57,7 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
             rows, columns = slice(m, m + TILE_M), slice(n, n + TILE_N)
             _epilogue(_chain(left, right, rows, columns), a.tensor_scale, b.tensor_scale, y[rows, columns])
 
-    with _blas, threadpool_limits(1, user_api="blas"):  # each of our threads calls BLAS for its own tile
+    with _one_user, _blas.limit(limits=1, user_api="blas"):  # each of our threads calls it for its own tile
         over_rows(task, len(tiles))
     return y
 
@@ -121,3 +122,32 @@ def _epilogue(acc: Float64, tensor_scale_a: f32, tensor_scale_b: f32, y: Float32
         for n in range(acc.shape[1]):
             scaled = f32(acc[m, n]) * scale
             y[m, n] = float_of(NAN) if np.isnan(scaled) else scaled
+
+
+def matmul_in_integers(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
+    """What `matmul` computes, as it is defined: one `nvfp4_in_integers` after the other."""
+    short = -a.shape[1] % 64
+    filled = [
+        (np.pad(q.codes, ((0, 0), (0, short))), np.pad(q.block_scales, ((0, 0), (0, short // BLOCK))))
+        for q in (a, b)
+    ]
+    acc, y = np.empty((len(a.codes), len(b.codes))), np.empty((len(a.codes), len(b.codes)), f32)
+
+    def task(start: int, stop: int) -> None:
+        (a_codes, sfa), (b_codes, sfb) = filled
+        _chain_in_integers(a_codes[start:stop], sfa[start:stop], b_codes, sfb, acc[start:stop])
+
+    over_rows(task, len(y))
+    _epilogue(acc, a.tensor_scale, b.tensor_scale, y)
+    return y
+
+
+@kernel
+def _chain_in_integers(a_codes: Codes, sfa: Codes, b_codes: Codes, sfb: Codes, acc: Float64) -> None:
+    for m in range(len(a_codes)):
+        for n in range(len(b_codes)):
+            c = f32(0)
+            for s in range(a_codes.shape[1] // 64):
+                k, g = slice(64 * s, 64 * s + 64), slice(4 * s, 4 * s + 4)
+                c = nvfp4_in_integers(a_codes[m, k], b_codes[n, k], sfa[m, g], sfb[n, g], c, RTX_BLACKWELL)
+            acc[m, n] = c

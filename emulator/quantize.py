@@ -1,7 +1,7 @@
 """quantize: the normative order of operations (docs/spec.md, section 3), and back."""
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from arcquant_ref import checks
 from arcquant_ref.formats import BLOCK, E2M1, E4M3, Codes, Float32
@@ -89,6 +89,25 @@ def tensor_scale_for(
     amax = max(over_rows(lambda start, stop: _amax(bits[start:stop]), len(bits)))
     refuse_non_finite(name, x, amax)
     return f32(_tensor_scale(amax))
+
+
+def pack(codes: ArrayLike) -> Codes:
+    """(M, K) codes → (M, K/2) bytes, even k in the low nibble; raises as `arcquant_ref.layout.pack`.
+
+    >>> pack(np.uint8([[1, 2, 3, 4]]))
+    array([[33, 67]], dtype=uint8)
+    """
+    pairs = np.ascontiguousarray(checks.pairs_of_codes("codes", codes, E2M1.bits)).view("<u2")
+    packed = np.empty(pairs.shape, u8)
+    over_rows(lambda start, stop: _pack_rows(pairs[start:stop], packed[start:stop]), len(pairs))
+    return packed
+
+
+@kernel
+def _pack_rows(pairs: NDArray[np.uint16], packed: Codes) -> None:
+    for row in range(len(pairs)):
+        for i in range(pairs.shape[1]):
+            packed[row, i] = u8(pairs[row, i] | (pairs[row, i] >> 4))
 
 
 @kernel

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numba import njit
 from strategies import matrices, tensor_scales
 from support import every_backend
 from threadpoolctl import threadpool_info
@@ -16,7 +15,7 @@ import emulator
 from arcquant_ref import NVFP4Tensor, gemm, quantize
 from arcquant_ref.formats import BLOCK
 from arcquant_ref.quantize import exact_values
-from emulator.tensor_core import RTX_BLACKWELL, nvfp4_in_integers
+from emulator.gemm import matmul_in_integers
 
 
 def operands(blocks_along_k: int):
@@ -115,39 +114,6 @@ def test_nan_scales_and_different_depths_are_refused():
         gemm.matmul(q, quantize(np.ones((1, 16))))
 
 
-@njit
-def chain_in_integers(a_codes, a_scales, b_codes, b_scales, acc):
-    for m in range(len(a_codes)):
-        for n in range(len(b_codes)):
-            c = np.float32(0)
-            for k in range(0, a_codes.shape[1], 64):
-                codes, scales = slice(k, k + 64), slice(k // 16, k // 16 + 4)
-                c = nvfp4_in_integers(
-                    a_codes[m, codes],
-                    b_codes[n, codes],
-                    a_scales[m, scales],
-                    b_scales[n, scales],
-                    c,
-                    RTX_BLACKWELL,
-                )
-            acc[m, n] = c
-
-
-def chain(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
-    """matmul written out: steps of the specification from +0, K filled up with zeros, and the epilogue."""
-    short = -a.shape[1] % 64
-    operands = [
-        np.pad(x, ((0, 0), (0, p)))
-        for q in (a, b)
-        for x, p in ((q.codes, short), (q.block_scales, short // 16))
-    ]
-    acc = np.empty((len(a.codes), len(b.codes)), np.float32)
-    chain_in_integers(*operands, acc)
-    with np.errstate(all="ignore"):
-        y = acc * (a.tensor_scale * b.tensor_scale)
-    return np.where(np.isnan(y), np.uint32(0x7FFFFFFF), y.view(np.uint32))
-
-
 SCALES = {  # of a tensor, as bytes: what the range of its products, and so what is cut off, depends on
     "ordinary": lambda rng, shape: rng.integers(0x60, 0x7F, shape, np.uint8),
     "spread": lambda rng, shape: rng.integers(0, 0x7F, shape, np.uint8),
@@ -178,7 +144,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
 def test_emulated_matmul_is_the_chain_of_steps(kind, size, seed):
     (m, n, blocks), rng = size, np.random.default_rng(seed)
     a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
-    got, expected = emulator.matmul(a, b).view(np.uint32), chain(a, b)
+    got, expected = emulator.matmul(a, b).view(np.uint32), matmul_in_integers(a, b).view(np.uint32)
     different = np.argwhere(got != expected)
     assert len(different) == 0, (kind, different[0], got[got != expected][0], expected[got != expected][0])
 
@@ -191,7 +157,9 @@ def test_emulated_matmul_depends_neither_on_threads_nor_on_tiles(threads, tile, 
     monkeypatch.setattr("numba.config.NUMBA_NUM_THREADS", threads)
     monkeypatch.setattr("emulator.gemm.TILE_M", tile)
     monkeypatch.setattr("emulator.gemm.TILE_N", 2 * tile)
-    np.testing.assert_array_equal(emulator.matmul(a, b).view(np.uint32), chain(a, b))
+    np.testing.assert_array_equal(
+        emulator.matmul(a, b).view(np.uint32), matmul_in_integers(a, b).view(np.uint32)
+    )
 
 
 def test_emulated_matmuls_run_at_the_same_time():
@@ -202,7 +170,7 @@ def test_emulated_matmuls_run_at_the_same_time():
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: emulator.matmul(a, b), range(8)))
     for y in results:
-        np.testing.assert_array_equal(y.view(np.uint32), chain(a, b))
+        np.testing.assert_array_equal(y.view(np.uint32), matmul_in_integers(a, b).view(np.uint32))
     assert [pool["num_threads"] for pool in threadpool_info()] == before
 
 
