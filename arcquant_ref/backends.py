@@ -1,4 +1,4 @@
-"""The implementations behind one face, by name. This version has the reference."""
+"""The implementations behind one face, by name. This version has the reference and the emulator."""
 
 import importlib
 from pathlib import Path

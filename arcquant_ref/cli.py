@@ -168,7 +168,10 @@ def _print_constants(as_json: bool) -> None:
 
 def run_bench(args: argparse.Namespace) -> None:
     _require_suffix(args.plot, ".png")
-    checks.multiple_of("size", args.size, 8 * 4 * BLOCK)
+    if args.size <= 0 or args.size % (32 * BLOCK):
+        raise ValueError(
+            f"--size {args.size} is not a positive multiple of {32 * BLOCK}. The default is 4096."
+        )
     backends.get("emulator")  # or the reason why not
     from . import bench
 

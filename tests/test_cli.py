@@ -272,3 +272,33 @@ def test_ctrl_c_leaves_no_half_written_file():
     assert process.returncode == 130
     assert "arcquant: interrupted" in err
     assert os.listdir() == ["x.npy"]
+
+
+def test_bench_prints_ratios_and_draws_the_growth(capsys, monkeypatch):
+    monkeypatch.setattr("arcquant_ref.bench.ROUNDS", 1)
+    monkeypatch.setattr("arcquant_ref.bench.PAUSE", 0)
+    out = run(capsys, "bench --size 512 --plot growth.png")
+    for word in (
+        "processor",
+        "threads",
+        "x.copy()",
+        "emulator.quantize",
+        "numpy float32 matmul",
+        "emulator.matmul",
+    ):
+        assert word in out
+    with open("growth.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    rows = json.loads(run(capsys, "bench --size 512 --json"))["rows"]
+    assert {row["group"] for row in rows} == {"quantize", "matmul"}
+    for row in rows:
+        assert 0 < row["best"] <= row["median"] <= row["worst"]
+        first = next(other for other in rows if other["group"] == row["group"])
+        rates = [other["work"] / other["median"] for other in (row, first)]
+        assert row["ratio"] == pytest.approx(rates[0] / rates[1])
+
+
+def test_bench_refuses_sizes_that_leave_no_blocks(capsys):
+    assert "--size 500 is not a positive multiple of 512. The default is 4096." in fails(
+        capsys, "bench --size 500"
+    )

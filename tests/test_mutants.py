@@ -1,4 +1,4 @@
-"""Planted bugs: each of these one-line changes to the core must make the tests of the core fail.
+"""Planted bugs: each of these one-line changes must make the tests of what it changes fail.
 
 Runs in the profiles ci and thorough; `CI=1 pytest tests/test_mutants.py` runs it alone.
 """
@@ -20,8 +20,8 @@ MUTANTS = [
     ("formats", "np.signbit(x).astype(np.uint8)", "(x < 0).astype(np.uint8)"),  # −0 loses its sign
     ("formats", "np.maximum(exponent, 1) - self.bias", "exponent - self.bias"),  # subnormals halved
     ("formats", "mantissa_bits=3, nan_codes=1", "mantissa_bits=3, nan_codes=0"),  # E4M3 up to 480
-    ("layout", "high, E2M1.bits", "low, E2M1.bits"),
-    ("layout", "return low | ", "return high | "),
+    ("layout", "pairs >> E2M1.bits", "pairs >> 2 * E2M1.bits"),  # odd k on top of even k
+    ("layout", "np.bitwise_or(pairs, pairs", "np.bitwise_or(pairs >> 8, pairs"),  # nibbles swapped
     ("layout", "(row % 32) * 16 + (row % TILE_ROWS // 32) * 4", "(row % TILE_ROWS) * 4"),  # rows in order
     ("layout", "np.zeros(size, np.uint8)", "np.full(size, 255, np.uint8)"),  # padding
     ("tensor", "layout.pack(self.codes)", "layout.pack(self.codes[:, ::-1])"),
@@ -79,21 +79,69 @@ MUTANTS = [
 ]
 
 
-def run_tests_of_a_copy(folder: Path, module: str, old: str, new: str) -> subprocess.CompletedProcess:
-    """The core's tests, those of `module` first, on a copy in which one line of it is changed."""
-    for part in ("arcquant_ref", "tests"):
-        shutil.copytree(ROOT / part, folder / part)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    path = folder / "arcquant_ref" / f"{module}.py"
-    source = path.read_text()
-    assert source.count(old) == 1, "the line to change has moved: update MUTANTS"
-    path.write_text(source.replace(old, new))
-    tests = [f"tests/test_{name}.py" for name in sorted(FILES, key=lambda name: name != module)]
+STEPS, PRODUCT, CODES = "test_tensor_core.py", "test_emulator_gemm.py", "test_agreement.py"
+EMULATOR_MUTANTS = [
+    ("tensor_core", STEPS, "fraction_bits=35", "fraction_bits=34"),
+    ("tensor_core", STEPS, "fraction_bits=35", "fraction_bits=36"),
+    ("tensor_core", STEPS, "fraction_bits=35", "fraction_bits=25"),
+    ("tensor_core", STEPS, "fraction_bits=25", "fraction_bits=24"),
+    ("tensor_core", STEPS, "zero_exponent=-133", "zero_exponent=-139"),
+    ("tensor_core", STEPS, "total += np.trunc(terms[i] * up)", "total += np.floor(terms[i] * up)"),
+    ("tensor_core", STEPS, "total = np.trunc(f64(c) * up)", "total = np.floor(f64(c) * up)"),
+    ("tensor_core", STEPS, "total = np.trunc(f64(c) * up)", "total = f64(c) * up"),  # C kept exact
+    ("tensor_core", STEPS, "return toward_zero(total * down)", "return f32(total * down)"),  # to nearest
+    (
+        "tensor_core",
+        STEPS,
+        "        total += np.trunc(terms[i] * up)\n",
+        "        total += terms[i] * up\n    total = np.trunc(total)\n",
+    ),  # groups summed before they are cut off
+    ("tensor_core", STEPS, "elif products[g, r, n] != 0:", "else:"),  # a zero group keeps its exponent
+    ("tensor_core", STEPS, "elif products[g, r, n] != 0:", "elif dots[g, r, n] != 0:"),  # a cancelled one not
+    ("tensor_core", STEPS, " * 2.0**-149 + 0.0)", " * 2.0**-149)"),  # −0
+    ("tensor_core", STEPS, "exponents_b[n, g] == HAS_NAN", "False"),  # a NaN scale is a number
+    ("tensor_core", STEPS, "scale = block_scales[row, b] & UNSIGNED", "scale = block_scales[row, b]"),
+    ("tensor_core", STEPS, "else value_e4m3(scale)", "else value_e4m3(scale) * f32(scale > 7)"),  # subnormals
+    ("tensor_core", STEPS, "exponent = np.full(5, core.zero_exponent)", "exponent = np.full(5, 16)"),
+    ("tensor_core", STEPS, "if any_product and m_a", "if significand[g] != 0 and m_a"),
+    ("tensor_core", STEPS, "magnitude = abs(integer) >>", "magnitude = -(-abs(integer)) // 1 + 1 >>"),
+    ("gemm", PRODUCT, "GROUP_UNIT\n", "GROUP_UNIT + 1\n"),  # a group that loses one bit is thought plain
+    ("gemm", PRODUCT, "fraction_bits - MANTISSA", "fraction_bits - MANTISSA + 1"),  # and a C that does
+    ("gemm", PRODUCT, "lowest + KEEPS_GROUP + 1", "lowest + KEEPS_GROUP + 2"),
+    ("gemm", PRODUCT, "return HAS_NAN, -HAS_NAN", "return highest, lowest"),
+    ("gemm", PRODUCT, "f32(tensor_scale_a * tensor_scale_b)", "f32(tensor_scale_a)"),
+    ("formats", CODES, "u32(binade + to_magic)", "u32(binade + to_magic + (1 << 23))"),
+    ("quantize", CODES, "/ E2M1_MAX / tensor_scale", "/ (E2M1_MAX * tensor_scale)"),
+    ("quantize", CODES, "/ block[b]))", "* (f32(1) / block[b])))"),  # reciprocal
+    ("quantize", CODES, "max(v, LEAST_SCALE)", "v"),  # no floor
+    ("augment", CODES, "towards_zero | 1", "bits"),  # the residual rounded twice
+    ("augment", CODES, "appended_scales, c, scales, first + 1", "primary_scales, c, scales, first + 1"),
+    ("augment", CODES, "first + 2 * b", "first + b"),
+]
+
+
+def run_pytest(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["--hypothesis-profile", "mutants", *tests]
+    command += ["--hypothesis-profile", "mutants", *(f"tests/{test}" for test in tests)]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
     )
+
+
+def copy_with_change(folder: Path, parts: tuple[str, ...], file: str, old: str, new: str) -> None:
+    for part in parts:
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    source = (folder / file).read_text()
+    assert source.count(old) == 1, "the line to change has moved: update the list"
+    (folder / file).write_text(source.replace(old, new))
+
+
+def run_tests_of_a_copy(folder: Path, module: str, old: str, new: str) -> subprocess.CompletedProcess:
+    """The core's tests, those of `module` first, on a copy in which one line of it is changed."""
+    copy_with_change(folder, ("arcquant_ref", "tests"), f"arcquant_ref/{module}.py", old, new)
+    tests = [f"test_{name}.py" for name in sorted(FILES, key=lambda name: name != module)]
+    return run_pytest(folder, tests)
 
 
 in_ci = pytest.mark.skipif(
@@ -110,7 +158,23 @@ def test_the_mutant_is_caught(module, old, new, tmp_path):
 
 
 @in_ci
+@pytest.mark.parametrize(
+    ("module", "tests", "old", "new"),
+    EMULATOR_MUTANTS,
+    ids=[f"{m}: {n.strip()}" for m, _, _, n in EMULATOR_MUTANTS],
+)
+def test_the_emulators_mutant_is_caught(module, tests, old, new, tmp_path):
+    copy_with_change(tmp_path, ("arcquant_ref", "emulator", "tests"), f"emulator/{module}.py", old, new)
+    done = run_pytest(tmp_path, [tests])
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert "ERROR" not in done.stdout  # caught by a test, not by a broken import
+
+
+@in_ci
 def test_the_unchanged_copy_passes(tmp_path):
     """Or every mutant would be caught by the copying."""
     done = run_tests_of_a_copy(tmp_path, "gemm", "MAX_DEPTH = ", "MAX_DEPTH = ")
+    assert done.returncode == 0, done.stdout[-2000:]
+    shutil.copytree(ROOT / "emulator", tmp_path / "emulator", ignore=shutil.ignore_patterns("__pycache__"))
+    done = run_pytest(tmp_path, [STEPS, PRODUCT, CODES])
     assert done.returncode == 0, done.stdout[-2000:]

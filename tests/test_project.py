@@ -59,6 +59,36 @@ def test_the_constants_of_the_formats_are_typed_nowhere():
         assert not typed & {6, 448, 2688, 0.5, 1.5, 3.5, 2.5, 0.25, 0.75, 1.25, 1.75, 464, 127}, name
 
 
+SHARED = {
+    "checks",
+    "BLOCK",
+    "E2M1",
+    "E4M3",
+    "Codes",
+    "Float32",
+    "Float64",
+    "FloatFormat",
+    "NVFP4Tensor",
+    "Selection",
+}
+WIDTHS = {"exponent_bits", "mantissa_bits", "magnitude_bits", "bits", "bias", "nan_codes"}
+
+
+def test_the_emulator_shares_types_widths_and_checks_but_no_arithmetic():
+    """With the reference; and it types none of the constants that follow from the widths."""
+    for path in (ROOT / "emulator").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("arcquant_ref"):
+                assert {alias.name for alias in node.names} <= SHARED, (path.name, node.lineno)
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("arcquant_ref") for alias in node.names), path.name
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("E2M1", "E4M3", "fmt"):
+                assert node.attr in WIDTHS, (path.name, node.lineno)
+            if isinstance(node, ast.Constant) and not isinstance(node.value, bool):
+                assert node.value not in (6, 448, 2688, 0.5, 1.5, 464), (path.name, node.lineno)
+        assert "fastmath=" not in path.read_text()
+
+
 def test_ci_runs_the_command_of_the_readme():
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert len(commands) == 2

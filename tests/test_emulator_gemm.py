@@ -1,0 +1,123 @@
+"""The emulator's matmul: the chain of tensor-core steps, whatever the scales, tiles and threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
+
+import emulator
+from arcquant_ref import NVFP4Tensor, gemm
+from arcquant_ref.formats import BLOCK
+from emulator.gemm import matmul_in_integers
+
+SCALES = {  # of a tensor, as bytes: what the range of its products, and so what is cut off, depends on
+    "ordinary": lambda rng, shape: rng.integers(0x60, 0x7F, shape, np.uint8),
+    "spread": lambda rng, shape: rng.integers(0, 0x7F, shape, np.uint8),
+    "far spread": lambda rng, shape: rng.choice(np.uint8([0x01, 0x07, 0x0F, 0x7E]), shape),
+    "any bits": lambda rng, shape: rng.integers(0, 256, shape, np.uint8),
+    "rarely NaN": lambda rng, shape: np.where(rng.random(shape) < 0.002, 0x7F, 0x38).astype(np.uint8),
+    "mostly zero": lambda rng, shape: (rng.integers(0, 0x7F, shape) * (rng.random(shape) < 0.2)).astype(
+        np.uint8
+    ),
+}
+
+
+def tensor_with_scales(kind: str, rng: np.random.Generator, shape: tuple[int, int]) -> NVFP4Tensor:
+    codes = rng.integers(0, 16, shape, np.uint8)
+    blank = np.repeat(rng.random((shape[0], shape[1] // BLOCK)) < 0.1, BLOCK, axis=1)
+    return NVFP4Tensor(
+        codes=np.where(blank, rng.choice(np.uint8([0, 8]), shape), codes),
+        block_scales=SCALES[kind](rng, (shape[0], shape[1] // BLOCK)),
+        tensor_scale=np.float32(rng.choice([1, 2.0**-10, 0.3, 2.0**-126, 1e38])),
+    )
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
+
+
+@pytest.mark.parametrize("kind", SCALES)
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+def test_matmul_is_the_chain_of_steps(kind, size, seed):
+    (m, n, blocks), rng = size, np.random.default_rng(seed)
+    a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+    got, expected = emulator.matmul(a, b).view(np.uint32), matmul_in_integers(a, b).view(np.uint32)
+    different = np.argwhere(got != expected)
+    assert len(different) == 0, (kind, different[0], got[got != expected][0], expected[got != expected][0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("tile", [1, 5, 64])
+def test_matmul_depends_neither_on_threads_nor_on_tiles(threads, tile, monkeypatch):
+    rng = np.random.default_rng(3)
+    a, b = (tensor_with_scales("spread", rng, (rows, 272)) for rows in (37, 29))
+    monkeypatch.setattr("numba.config.NUMBA_NUM_THREADS", threads)
+    monkeypatch.setattr("emulator.gemm.TILE_M", tile)
+    monkeypatch.setattr("emulator.gemm.TILE_N", 2 * tile)
+    np.testing.assert_array_equal(
+        emulator.matmul(a, b).view(np.uint32), matmul_in_integers(a, b).view(np.uint32)
+    )
+
+
+def test_products_run_at_the_same_time():
+    """From several threads at once, and the BLAS of the process has all its threads back afterwards."""
+    rng = np.random.default_rng(4)
+    a, b = (tensor_with_scales("ordinary", rng, (300, 128)) for _ in "ab")
+    before = [pool["num_threads"] for pool in threadpool_info()]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: emulator.matmul(a, b), range(8)))
+    for y in results:
+        np.testing.assert_array_equal(y.view(np.uint32), matmul_in_integers(a, b).view(np.uint32))
+    assert [pool["num_threads"] for pool in threadpool_info()] == before
+
+
+def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
+    """What docs/emulator.md proves: each step is off by less than 2⁻²³ |D| + 5 · 2^(E − 35), (M, N) float64.
+
+    In units without tensor scales; E is at most the largest exponent of the scales of the step and of C.
+    """
+    exponents = [np.maximum(q.block_scales >> 3, 1).astype(int) - 7 for q in (a, b)]
+    bound, c = np.zeros((len(a.codes), len(b.codes))), np.zeros((len(a.codes), len(b.codes)))
+    for k in range(0, a.shape[1], 64):
+        some = slice(k // BLOCK, k // BLOCK + 4)
+        top = (exponents[0][:, None, some] + exponents[1][None, :, some]).max(axis=-1)
+        top = np.maximum(top, np.frexp(c)[1] - 1)
+        upto = [
+            NVFP4Tensor(
+                codes=q.codes[:, : k + 64],
+                block_scales=q.block_scales[:, : (k + 64) // BLOCK],
+                tensor_scale=1,
+            )
+            for q in (a, b)
+        ]
+        c = emulator.matmul(*upto).astype(np.float64)
+        bound += 2.0**-23 * np.abs(c) + 5 * np.ldexp(1.0, top - 35)
+    return bound
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "spread", "far spread", "mostly zero"])
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+def test_matmul_is_within_its_bound_of_the_exact_one(kind, size, seed):
+    (m, n, blocks), rng = size, np.random.default_rng(seed)
+    a, b = (replace(tensor_with_scales(kind, rng, (rows, blocks * BLOCK)), tensor_scale=1) for rows in (m, n))
+    exactly = gemm.integer_matmul(a, b) * 2.0**-20
+    assert (np.abs(emulator.matmul(a, b) - exactly) <= accumulation_bound(a, b)).all()
+
+
+@pytest.mark.parametrize("power", [-60, 0, 40])
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+def test_matmul_is_the_exact_one_where_nothing_is_cut_off(power, size, seed):
+    """Scales 1, 2 and 4: every sum is a multiple of ¼ below 2²², within float32's 24 bits."""
+    (m, n, blocks), rng = size, np.random.default_rng(seed)
+    a, b = (
+        NVFP4Tensor(
+            codes=rng.integers(0, 16, (rows, blocks * BLOCK), np.uint8),
+            block_scales=rng.choice(np.uint8([0x38, 0x40, 0x48]), (rows, blocks)),
+            tensor_scale=2.0**power,
+        )
+        for rows in (m, n)
+    )
+    np.testing.assert_array_equal(emulator.matmul(a, b), gemm.matmul(a, b))
