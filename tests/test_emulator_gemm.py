@@ -36,6 +36,41 @@ def tensor_with_scales(kind: str, rng: np.random.Generator, shape: tuple[int, in
     )
 
 
+def cancelling_pair(rng: np.random.Generator, m: int, n: int, steps: int) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+    """Every other step adds nothing but an exponent: all that happens is what C loses to it."""
+    a, b = (
+        replace(tensor_with_scales("ordinary", rng, (rows, 64 * steps)), tensor_scale=1) for rows in (m, n)
+    )
+    x, y = (q.codes.reshape(-1, steps, 64)[:, 1::2] for q in (a, b))
+    x[..., 1::2] = x[..., 0::2]
+    y[..., 1::2] = y[..., 0::2] ^ 8
+    for q in (a, b):
+        scales = q.block_scales.reshape(-1, steps, 4)[:, 0::2]
+        scales[:] = rng.choice(np.uint8([0x01, 0x03, 0x31, 0x36]), scales.shape)
+    return a, b
+
+
+def lone_pair(rng: np.random.Generator, m: int, n: int, steps: int) -> tuple[NVFP4Tensor, NVFP4Tensor]:
+    """After the first step one negative product each, far below a unit of C, which it costs if it is not cut
+    off."""
+    a, b = (
+        replace(tensor_with_scales("ordinary", rng, (rows, 64 * steps)), tensor_scale=1) for rows in (m, n)
+    )
+    for q, code in ((a, 1), (b, 9)):
+        q.codes[:, 64:] = 0
+        q.codes[:, 64::64] = code
+        q.block_scales[:, :4] = rng.integers(0x58, 0x68, (len(q.codes), 4))
+        q.block_scales[:, 4:] = rng.integers(0x01, 0x03, (len(q.codes), 4 * steps - 4))
+    return a, b
+
+
+@pytest.mark.parametrize("pair", [cancelling_pair, lone_pair])
+@given(m=st.integers(1, 40), n=st.integers(1, 3), steps=st.integers(2, 6), seed=st.integers(0, 2**32 - 1))
+def test_matmul_is_the_chain_of_steps_where_one_bit_decides(pair, m, n, steps, seed):
+    a, b = pair(np.random.default_rng(seed), m, n, steps)
+    np.testing.assert_array_equal(emulator.matmul(a, b), matmul_in_integers(a, b))
+
+
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
 
 

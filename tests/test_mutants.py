@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,7 @@ EMULATOR_MUTANTS = [
     ("quantize", CODES, "/ E2M1_MAX / tensor_scale", "/ (E2M1_MAX * tensor_scale)"),
     ("quantize", CODES, "/ block[b]))", "* (f32(1) / block[b])))"),  # reciprocal
     ("quantize", CODES, "max(v, LEAST_SCALE)", "v"),  # no floor
-    ("augment", CODES, "towards_zero | 1", "bits"),  # the residual rounded twice
+    ("augment", CODES, "f64(values[i]) * f64(tensor_scale)", "f64(values[i] * tensor_scale)"),  # of the step
     ("augment", CODES, "appended_scales, c, scales, first + 1", "primary_scales, c, scales, first + 1"),
     ("augment", CODES, "first + 2 * b", "first + b"),
 ]
@@ -123,58 +125,69 @@ EMULATOR_MUTANTS = [
 def run_pytest(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--hypothesis-profile", "mutants", *(f"tests/{test}" for test in tests)]
+    one_thread = {
+        "NUMBA_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }  # as many runs at once as there are cores
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."}
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | one_thread | {"PYTHONPATH": "."}
     )
 
 
-def copy_with_change(folder: Path, parts: tuple[str, ...], file: str, old: str, new: str) -> None:
-    for part in parts:
+def run_on_a_copy(folder: Path, parts: list[str], file: str, old: str, new: str, tests: list[str]):
+    """These tests on a copy in which one line is changed."""
+    for part in [*parts, "tests"]:
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     source = (folder / file).read_text()
     assert source.count(old) == 1, "the line to change has moved: update the list"
     (folder / file).write_text(source.replace(old, new))
-
-
-def run_tests_of_a_copy(folder: Path, module: str, old: str, new: str) -> subprocess.CompletedProcess:
-    """The core's tests, those of `module` first, on a copy in which one line of it is changed."""
-    copy_with_change(folder, ("arcquant_ref", "tests"), f"arcquant_ref/{module}.py", old, new)
-    tests = [f"test_{name}.py" for name in sorted(FILES, key=lambda name: name != module)]
     return run_pytest(folder, tests)
 
 
+def tests_of_the_core(first: str) -> list[str]:
+    return [f"test_{name}.py" for name in sorted(FILES, key=lambda name: name != first)]
+
+
+BOTH = ["arcquant_ref", "emulator"]
+RUNS = {
+    f"{module}: {new.strip()}": (BOTH[:1], f"arcquant_ref/{module}.py", old, new, tests_of_the_core(module))
+    for module, old, new in MUTANTS
+} | {
+    f"emulator/{module}: {new.strip()}": (BOTH, f"emulator/{module}.py", old, new, [tests])
+    for module, tests, old, new in EMULATOR_MUTANTS
+}
+NOTHING = ("arcquant_ref/gemm.py", "MAX_DEPTH = ", "MAX_DEPTH = ")
+UNCHANGED = {  # or every mutant would be caught by the copying
+    "unchanged core": (BOTH[:1], *NOTHING, tests_of_the_core("formats")),
+    "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES]),
+}
 in_ci = pytest.mark.skipif(
     not os.environ.get("CI"), reason="in CI only: every mutant is a test run of its own"
 )
 
 
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """All runs that were asked for, started at once; each test waits for its own."""
+    names = [item.callspec.params["name"] for item in request.session.items if item.fspath == request.fspath]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {
+            name: pool.submit(run_on_a_copy, tmp_path_factory.mktemp("copy"), *(RUNS | UNCHANGED)[name])
+            for name in names
+        }
+
+
 @in_ci
-@pytest.mark.parametrize(("module", "old", "new"), MUTANTS, ids=[f"{m}: {n.strip()}" for m, _, n in MUTANTS])
-def test_the_mutant_is_caught(module, old, new, tmp_path):
-    done = run_tests_of_a_copy(tmp_path, module, old, new)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_mutant_is_caught(name, runs):
+    done = runs[name].result()
     assert done.returncode == 1, done.stdout[-2000:]
     assert "ERROR" not in done.stdout  # caught by a test, not by a broken import
 
 
 @in_ci
-@pytest.mark.parametrize(
-    ("module", "tests", "old", "new"),
-    EMULATOR_MUTANTS,
-    ids=[f"{m}: {n.strip()}" for m, _, _, n in EMULATOR_MUTANTS],
-)
-def test_the_emulators_mutant_is_caught(module, tests, old, new, tmp_path):
-    copy_with_change(tmp_path, ("arcquant_ref", "emulator", "tests"), f"emulator/{module}.py", old, new)
-    done = run_pytest(tmp_path, [tests])
-    assert done.returncode == 1, done.stdout[-2000:]
-    assert "ERROR" not in done.stdout  # caught by a test, not by a broken import
-
-
-@in_ci
-def test_the_unchanged_copy_passes(tmp_path):
-    """Or every mutant would be caught by the copying."""
-    done = run_tests_of_a_copy(tmp_path, "gemm", "MAX_DEPTH = ", "MAX_DEPTH = ")
-    assert done.returncode == 0, done.stdout[-2000:]
-    shutil.copytree(ROOT / "emulator", tmp_path / "emulator", ignore=shutil.ignore_patterns("__pycache__"))
-    done = run_pytest(tmp_path, [STEPS, PRODUCT, CODES])
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_the_unchanged_copy_passes(name, runs):
+    done = runs[name].result()
     assert done.returncode == 0, done.stdout[-2000:]
