@@ -30,14 +30,17 @@ def test_an_unknown_backend_is_refused():
         backends.get("cuda")
 
 
-@pytest.mark.parametrize("layout", ["emulator/__init__.py", "emulator/other.py", "emulator.py"])
+@pytest.mark.parametrize("layout", ["emulator/__init__.py", "emulator.py", "gpu/other.py"])
 def test_a_foreign_package_of_the_same_name_is_refused_by_its_path(tmp_path, monkeypatch, layout):
     path = tmp_path / layout
     path.parent.mkdir(exist_ok=True)
     path.write_text("")
-    for name in [n for n in sys.modules if n.split(".")[0] == "emulator"]:
+    package = layout.split("/")[0].removesuffix(".py")
+    for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=f"'emulator' found at {tmp_path}.* is not the one of arcquant_ref"):
-        backends.get("emulator")
-    sys.modules.pop("emulator", None)
+    with pytest.raises(
+        ImportError, match=f"'{package}' found at {tmp_path}.* is not the one of arcquant_ref"
+    ):
+        backends.get(package)
+    sys.modules.pop(package, None)

@@ -245,7 +245,8 @@ def test_as_a_process():
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "arcquant: [Errno 2] No such file or directory: 'absent.npy'\n"
     assert (
-        subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == "arcquant 0.1.0\n"
+        subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+        == f"arcquant {aq.__version__}\n"
     )
     assert subprocess.run([*command, "unknown"], capture_output=True).returncode == 2
 
