@@ -170,7 +170,7 @@ in_ci = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """All runs that were asked for, started at once; each test waits for its own."""
-    names = [item.callspec.params["name"] for item in request.session.items if item.fspath == request.fspath]
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             name: pool.submit(run_on_a_copy, tmp_path_factory.mktemp("copy"), *(RUNS | UNCHANGED)[name])
