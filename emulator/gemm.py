@@ -111,7 +111,7 @@ def exponent_range(exponents: Ints) -> tuple[int, int]:
 
 @helper
 def toward_zero_normal(x: f64) -> f64:
-    """float64 truncated to the 24 bits of float32; x is 0 or a multiple of 2^-47, normal in both."""
+    """float64 truncated to the 24 bits of float32; x is a multiple of 2^-20 here, so never subnormal."""
     return np.int64(f64(x).view(np.int64) & ~((1 << 29) - 1)).view(f64)
 
 

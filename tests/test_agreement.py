@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from strategies import matrices, tensor_scales
 from support import assert_same_tensor
 
 import arcquant_ref
 import emulator
-from arcquant_ref import Selection, calibrate, sample, select, select_top
+from arcquant_ref import Selection, calibrate, layout, sample, select, select_top
 from arcquant_ref.formats import BLOCK
 
 
@@ -52,6 +53,29 @@ def test_same_bytes_from_other_dtypes(dtype, layer, tensor_scale):
     if dtype == ml_dtypes.bfloat16:
         bits = x.view(np.uint16)
         assert_same_tensor(emulator.augment_activations(bits, selection, tensor_scale), expected)
+
+
+@given(
+    arrays(
+        np.uint8,
+        st.tuples(st.integers(1, 9), st.integers(1, 40).map(lambda half: 2 * half)),
+        elements=st.integers(0, 15),
+    )
+)
+def test_same_packed_bytes(codes):
+    np.testing.assert_array_equal(emulator.pack(codes), layout.pack(codes))
+    np.testing.assert_array_equal(emulator.pack(codes[:, ::-1]), layout.pack(codes[:, ::-1]))
+
+
+def test_pack_refuses_what_layout_refuses():
+    for codes, message in [
+        (np.zeros((2, 3), np.uint8), r"codes has shape \(2, 3\); it must be \(M, K\) with K even"),
+        (np.full((2, 4), 16, np.uint8), "codes holds 0x10 at index"),
+        (np.zeros((2, 4)), "codes has dtype float64; codes are uint8"),
+    ]:
+        for pack in (emulator.pack, layout.pack):
+            with pytest.raises((TypeError, ValueError), match=message):
+                pack(codes)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129])

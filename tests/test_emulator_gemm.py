@@ -60,6 +60,9 @@ def lone_pair(rng: np.random.Generator, m: int, n: int, steps: int) -> tuple[NVF
         q.codes[:, 64:] = 0
         q.codes[:, 64::64] = code
         q.block_scales[:, :4] = rng.integers(0x58, 0x68, (len(q.codes), 4))
+        power_of_two = rng.random(len(q.codes)) < 0.5  # C = 2 · 2 · 2^14, say: the least of its binade
+        q.codes[power_of_two, :64] = 4 * (np.arange(64) == 0)
+        q.block_scales[power_of_two, :4] = rng.choice(np.uint8([0x68, 0x70]))
         q.block_scales[:, 4:] = rng.integers(0x01, 0x03, (len(q.codes), 4 * steps - 4))
     return a, b
 

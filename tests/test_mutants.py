@@ -110,6 +110,7 @@ EMULATOR_MUTANTS = [
     ("gemm", PRODUCT, "GROUP_UNIT\n", "GROUP_UNIT + 1\n"),  # a group that loses one bit is thought plain
     ("gemm", PRODUCT, "fraction_bits - MANTISSA", "fraction_bits - MANTISSA + 1"),  # and a C that does
     ("gemm", PRODUCT, "lowest + KEEPS_GROUP + 1", "lowest + KEEPS_GROUP + 2"),
+    ("gemm", PRODUCT, "(abs(c[n]) < beyond)", "(abs(c[n]) <= beyond)"),
     ("gemm", PRODUCT, "return HAS_NAN, -HAS_NAN", "return highest, lowest"),
     ("gemm", PRODUCT, "f32(tensor_scale_a * tensor_scale_b)", "f32(tensor_scale_a)"),
     ("formats", CODES, "u32(binade + to_magic)", "u32(binade + to_magic + (1 << 23))"),
@@ -117,6 +118,7 @@ EMULATOR_MUTANTS = [
     ("quantize", CODES, "/ block[b]))", "* (f32(1) / block[b])))"),  # reciprocal
     ("quantize", CODES, "max(v, LEAST_SCALE)", "v"),  # no floor
     ("augment", CODES, "f64(values[i]) * f64(tensor_scale)", "f64(values[i] * tensor_scale)"),  # of the step
+    ("quantize", CODES, "(pairs[row, i] >> 4)", "(pairs[row, i] >> 8)"),  # pack loses the odd codes
     ("augment", CODES, "appended_scales, c, scales, first + 1", "primary_scales, c, scales, first + 1"),
     ("augment", CODES, "first + 2 * b", "first + b"),
 ]
@@ -145,13 +147,13 @@ def run_on_a_copy(folder: Path, parts: list[str], file: str, old: str, new: str,
     return run_pytest(folder, tests)
 
 
-def tests_of_the_core(first: str) -> list[str]:
+def core_first(first: str) -> list[str]:
     return [f"test_{name}.py" for name in sorted(FILES, key=lambda name: name != first)]
 
 
 BOTH = ["arcquant_ref", "emulator"]
 RUNS = {
-    f"{module}: {new.strip()}": (BOTH[:1], f"arcquant_ref/{module}.py", old, new, tests_of_the_core(module))
+    f"{module}: {new.strip()}": (BOTH[:1], f"arcquant_ref/{module}.py", old, new, core_first(module))
     for module, old, new in MUTANTS
 } | {
     f"emulator/{module}: {new.strip()}": (BOTH, f"emulator/{module}.py", old, new, [tests])
@@ -159,7 +161,7 @@ RUNS = {
 }
 NOTHING = ("arcquant_ref/gemm.py", "MAX_DEPTH = ", "MAX_DEPTH = ")
 UNCHANGED = {  # or every mutant would be caught by the copying
-    "unchanged core": (BOTH[:1], *NOTHING, tests_of_the_core("formats")),
+    "unchanged core": (BOTH[:1], *NOTHING, core_first("formats")),
     "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES]),
 }
 in_ci = pytest.mark.skipif(
