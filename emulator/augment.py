@@ -77,15 +77,15 @@ def _weight_rows(w: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_sc
     k, s = len(order), codes.shape[1] - len(order)
     first = (k - s) // BLOCK
     scratch, bits, block = np.empty(k, u32), np.empty(k, u32), np.empty(k // BLOCK, f32)
-    primary, primary_scales, most = np.empty(s, u8), np.empty(s // BLOCK, u8), u32(0)
+    primary, primary_scales = np.empty(s, u8), np.empty(s // BLOCK, u8)
     for row in range(len(w)):
         gather(w[row], order, scratch, bits)
         plain, outliers, c, scales = bits[: k - s], bits[k - s :], codes[row], block_scales[row]
-        most = max(most, quantize_blocks(plain, tensor_scale, c[: k - s], scales[:first], block))
-        most = max(most, quantize_blocks(outliers, tensor_scale, primary, primary_scales, block))
+        quantize_blocks(plain, tensor_scale, c[: k - s], scales[:first], block)
+        quantize_blocks(outliers, tensor_scale, primary, primary_scales, block)
         every_other(primary, primary_scales, c, scales, first)
         every_other(primary, primary_scales, c, scales, first + 1)
-    return most
+    return u32(0)  # all of w was looked at for its tensor scale
 
 
 @helper

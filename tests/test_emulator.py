@@ -85,11 +85,12 @@ print((peak() - before) / x.size)
 
 
 @pytest.mark.parametrize("tensor_scale", [None, 1.0])
+@pytest.mark.parametrize("channel", [7, 23])  # one without and one with a residual
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.uint16])
-def test_quantize_refuses_what_the_reference_refuses(value, dtype, tensor_scale):
+def test_quantize_refuses_what_the_reference_refuses(value, dtype, channel, tensor_scale):
     x = np.ones((3, 32))
-    x[1, 7] = value
+    x[1, channel] = value
     x = x.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == np.uint16 else x.astype(dtype)
     selection = select_top(np.ones(32, np.float32), 16)
     for function in (
@@ -97,7 +98,9 @@ def test_quantize_refuses_what_the_reference_refuses(value, dtype, tensor_scale)
         lambda: emulator.augment_activations(x, selection, tensor_scale),
         lambda: emulator.augment_weights(x, selection),
     ):
-        with pytest.raises(ValueError, match=r"1 of 96 elements are NaN, infinite .* at index \(1, 7\)"):
+        with pytest.raises(
+            ValueError, match=rf"1 of 96 elements are NaN, infinite .* at index \(1, {channel}\)"
+        ):
             function()
 
 
