@@ -142,15 +142,15 @@ def _ml_dtypes(x: Float32, scale: np.float32) -> dict[str, Case]:
         step = scales.astype(np.float32) * scale
         return np.clip(blocks / step[..., None], -6, 6).astype(ml_dtypes.float4_e2m1fn), scales
 
-    return {f"NumPy and ml_dtypes {ml_dtypes.__version__}, static scale": quantize_with_ml_dtypes}
+    return {f"NumPy, ml_dtypes {ml_dtypes.__version__}, 1 thread, static": quantize_with_ml_dtypes}
 
 
 def _torchao(x: Float32, scale: np.float32) -> dict[str, Case]:
     torch, nvfp4 = _optional("torch"), _optional("torchao.prototype.mx_formats.nvfp4_tensor")
-    if torch is None or nvfp4 is None:
+    if torch is None or not hasattr(nvfp4, "nvfp4_quantize"):
         return {}
     tensor, tensor_scale = torch.from_numpy(x), torch.tensor(scale)
-    name = f"torchao {import_module('torchao').__version__}, static scale"
+    name = f"torchao {import_module('torchao').__version__}, packed, static"
     return {name: lambda: nvfp4.nvfp4_quantize(tensor, BLOCK, tensor_scale)}
 
 

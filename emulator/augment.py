@@ -112,7 +112,8 @@ def residual_of(
 @helper
 def difference(a: f64, b: f64) -> f32:
     """a − b rounded once to float32: first to float64 with an odd last bit where that rounds (the error comes
-    from Knuth's TwoSum), so that the second rounding sees on which side it is (Boldo and Melquiond 2008)."""
+    from Knuth's TwoSum), so that the second rounding sees on which side it is (Boldo and Melquiond 2008). The
+    reference proves that for these a and b plain float64 would do; this needs no such argument."""
     s = a - b
     t = s - a
     error = (a - (s - t)) - (b + t)

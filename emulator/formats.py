@@ -97,12 +97,12 @@ value_e2m1, value_e4m3 = _value(E2M1), _value(E4M3)
 
 def widen(row: Bits, bits: Bits) -> None:
     """Write the float32 bits of a row of float32, bfloat16 or float16 bits into `bits`."""
-    raise NotImplementedError("for compiled code")
+    raise NotImplementedError("only for compiled code: unset NUMBA_DISABLE_JIT")
 
 
 def load(row: Bits, scratch: Bits) -> Bits:
     """The float32 bits of a row: the row itself if it is float32, else `scratch`, after `widen`."""
-    raise NotImplementedError("for compiled code")
+    raise NotImplementedError("only for compiled code: unset NUMBA_DISABLE_JIT")
 
 
 @overload(widen)
@@ -146,7 +146,7 @@ def bits_in(name: str, x: ArrayLike) -> Bits:
     float64 rounded once to float32. NaN and infinity pass. Raises TypeError or ValueError as `quantize`."""
     x = checks.float_array(name, x, (*checks.FLOAT_DTYPES, "uint16"))
     if x.dtype.name == "float64":
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             x = x.astype(f32)
     as_bits: Any = {"float32": u32, "float16": np.int16}.get(x.dtype.name, np.uint16)
     return np.require(x, x.dtype.newbyteorder("="), "C").view(as_bits)

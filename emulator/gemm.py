@@ -1,5 +1,6 @@
-"""matmul: the chain of tensor-core steps over K, for every output, as an RTX Blackwell GPU computes it."""
+"""matmul: the chain of tensor-core steps over K, for every output, as the model of RTX Blackwell has it."""
 
+import os
 from threading import Lock
 
 import numpy as np
@@ -33,12 +34,23 @@ NO_SCALE = 100  # instead of an exponent, where a step has only zeros
 _blas, _one_user = ThreadpoolController(), Lock()  # how many threads BLAS uses is a setting of the process
 
 
+def _forget_lock() -> None:
+    """A forked child may have got the lock held by a thread that it has not got."""
+    global _one_user
+    _one_user = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
 def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     """a bᵀ, (M, K) and (N, K) → (M, N) float32: `mma_m16n8k64` chained over k = 0, 64, …, bit for bit.
 
     The chain starts at +0 and K is filled up with zero codes and zero scales to a multiple of 64; the result
     is fl(acc · fl(tensor_scale_a · tensor_scale_b)). A NaN block scale makes its outputs 0x7FFFFFFF; the
-    sign of a block scale is ignored: UE4M3. Raises TypeError for another type, ValueError for another K.
+    sign of a block scale is ignored: UE4M3. Takes 8 bytes of memory for each value of a and b. Raises
+    TypeError for another type, ValueError for different K.
 
     >>> from emulator import quantize
     >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)
@@ -87,8 +99,8 @@ def _add_plain(
         highest, lowest = exponent_range(exponents_a[m : m + 1])
         highest, lowest = highest + highest_b, lowest + lowest_b
         c, dot = acc[m], dots[m]
+        cut_off = highest - lowest > KEEPS_GROUP  # with a NaN always: what follows is not used then
         least, beyond = power_of_two(highest - KEEPS_C), power_of_two(lowest + KEEPS_GROUP + 1)
-        cut_off = highest - lowest > KEEPS_GROUP
         for n in range(len(c)):
             cut_off |= not (((c[n] == 0) | (abs(c[n]) >= least)) & (abs(c[n]) < beyond))
         doubtful[m] = cut_off

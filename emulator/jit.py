@@ -1,7 +1,10 @@
 """How everything here is compiled, and how rows are shared among threads."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,37 @@ from typing import Any
 import numpy as np
 from numba import config, njit
 
+
+def _cache_folder() -> str:
+    """A folder for compiled code, one for each state of the sources, because Numba watches only a function's own
+    file and not what it calls. Empty if none can be written."""
+    here, digest = Path(__file__).parent, sha256()
+    for source in sorted([*here.glob("*.py"), *(here.parent / "arcquant_ref").glob("*.py")]):
+        digest.update(source.read_bytes())
+    chosen = config.CACHE_DIR or here / "__pycache__"  # type: ignore[attr-defined]
+    for base in (chosen, Path.home() / ".cache" / "arcquant_emulator"):
+        folder = Path(base) / digest.hexdigest()[:16]
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return str(folder)
+    return ""
+
+
+_CACHE = _cache_folder()
+
 # IEEE arithmetic: without fastmath nothing is contracted, reassociated or flushed; x / 0 is ±inf or NaN.
 helper = njit(error_model="numpy")  # inlined into kernels
-kernel = njit(error_model="numpy", nogil=True, cache=True)  # called from Python, kept on disk once compiled
+
+
+def kernel(function: Callable) -> Callable:
+    """Compile what is called from Python; the code is kept in `_CACHE`."""
+    before = config.CACHE_DIR  # type: ignore[attr-defined]
+    config.CACHE_DIR = _CACHE  # type: ignore[attr-defined]
+    try:
+        return njit(error_model="numpy", nogil=True, cache=bool(_CACHE))(function)
+    finally:
+        config.CACHE_DIR = before  # type: ignore[attr-defined]
 
 
 def over_rows(task: Callable[[int, int], Any], rows: int) -> list[Any]:
@@ -25,13 +56,3 @@ def over_rows(task: Callable[[int, int], Any], rows: int) -> list[Any]:
     with ThreadPoolExecutor(threads) as pool:
         started = [pool.submit(task, *bounds) for bounds in others]
         return [task(*first), *(other.result() for other in started)]
-
-
-def forget_stale_code() -> None:
-    """Remove compiled code older than any source: Numba watches a function's own file, not what it calls."""
-    here = Path(__file__).parent
-    sources = [*here.glob("*.py"), *(here.parent / "arcquant_ref").glob("*.py")]
-    newest = max(source.stat().st_mtime for source in sources)
-    for index in (here / "__pycache__").glob("*.nbi"):
-        if index.stat().st_mtime <= newest:
-            index.unlink(missing_ok=True)

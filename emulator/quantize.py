@@ -27,7 +27,7 @@ from .formats import (
 )
 from .jit import helper, kernel, over_rows
 
-E2M1_MAX, E4M3_MAX = f32(largest(E2M1)), f32(largest(E4M3))
+E2M1_MAX = f32(largest(E2M1))
 TENSOR_MAX = f32(largest(E2M1) * largest(E4M3))
 LEAST_SCALE = f32(2.0 ** (1 - E4M3.bias - E4M3.mantissa_bits))
 LEAST_NORMAL = f32(2.0**-126)
@@ -77,7 +77,9 @@ def refuse_non_finite(name: str, x: ArrayLike, amax: u32) -> None:
     """Raise what `arcquant_ref` raises if the bits of the largest |x| are those of infinity or NaN."""
     if amax >= INF:
         x = np.asarray(x)
-        checks.floats(name, x if x.dtype != np.uint16 else (x.astype(u32) << 16).view(f32))
+        if x.dtype.name == "uint16":
+            name, x = f"{name}.view(ml_dtypes.bfloat16)", (x.astype(u32) << 16).view(f32)
+        checks.floats(name, x)
 
 
 def tensor_scale_for(
@@ -162,7 +164,7 @@ def quantize_blocks(bits: Bits, tensor_scale: f32, codes: Codes, block_scales: C
         block[b], most = float_of(amax), max(most, amax)
     for b in range(len(block_scales)):
         v = block[b] / E2M1_MAX / tensor_scale  # the order is normative
-        block_scales[b] = nearest_e4m3(bits_of(min(max(v, LEAST_SCALE), E4M3_MAX)))
+        block_scales[b] = nearest_e4m3(bits_of(max(v, LEAST_SCALE)))
         block[b] = value_e4m3(block_scales[b]) * tensor_scale
     for b in range(len(block_scales)):
         for i in range(b * BLOCK, (b + 1) * BLOCK):

@@ -47,7 +47,8 @@ class TensorCore(NamedTuple):
 
 
 # Both from MMA-Sim (arXiv 2511.10909, release 2.1). HOPPER agrees with recordings of H100, H200 and B200.
-# RTX_BLACKWELL has no public recording to agree with; its zero_exponent is the least certain number here.
+# RTX_BLACKWELL has no public recording to agree with. That zeros do not raise the largest exponent is its
+# least certain rule; their own cannot be seen: any below that of every float32 gives the same bits.
 HOPPER = TensorCore(depth=16, group=1, fraction_bits=25, zero_exponent=-133)  # fp16 and bf16
 RTX_BLACKWELL = TensorCore(depth=64, group=BLOCK, fraction_bits=35, zero_exponent=-139)  # mxf4nvf4
 
@@ -79,7 +80,8 @@ def mma_m16n8k64(
         operands.append(checks.codes(name, array, E2M1.bits if "codes" in name else E4M3.bits))
         checks.has_shape(name, operands[-1].shape, shape)
     a, b = operand(operands[0], operands[2]), operand(operands[1], operands[3])
-    d = _accumulator(c).astype(f64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        d = _accumulator(c).astype(f64)
     add_groups(a.values[0], b.values[0], a.exponents[0], b.exponents[0], np.arange(16), d)
     return d.astype(f32)
 
@@ -95,7 +97,7 @@ def mma_m16n8k16(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> Float32:
     if a_bits.dtype != b_bits.dtype or a_bits.dtype == u32:
         raise TypeError(
             f"a has dtype {np.asarray(a).dtype} and b {np.asarray(b).dtype}; both must be float16 or both "
-            f"bfloat16. Convert them, for example a.astype(np.float16)."
+            f"bfloat16 (or its bits, uint16). Convert them, for example a.astype(np.float16)."
         )
     checks.has_shape("a", a_bits.shape, (16, 16))
     checks.has_shape("b", b_bits.shape, (8, 16))
@@ -105,9 +107,7 @@ def mma_m16n8k16(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> Float32:
 
 
 def _accumulator(c: ArrayLike) -> Float32:
-    c = np.asarray(c)
-    if c.dtype != f32:
-        raise TypeError(f"c has dtype {c.dtype}; the accumulator is float32. Use c.astype(np.float32).")
+    c = checks.float_array("c", c, ("float32",))
     checks.has_shape("c", c.shape, (16, 8))
     return c
 
@@ -117,7 +117,7 @@ def nvfp4_in_integers(
     a_codes: Codes, b_codes: Codes, sfa: Codes, sfb: Codes, c: f32, core: TensorCore
 ) -> f32:
     """One output of `mma_m16n8k64`, the specification: 64 and 64 codes, 4 and 4 scale bytes, one C → D."""
-    significand, unit = np.zeros(5, np.int64), np.full(5, GROUP_UNIT)
+    significand, fraction = np.zeros(5, np.int64), np.full(5, GROUP_UNIT)
     exponent = np.full(5, core.zero_exponent)
     special = 0.0
     for g in range(4):
@@ -133,40 +133,40 @@ def nvfp4_in_integers(
         significand[g] *= m_a * m_b  # ⅛ · ⅛
         if any_product and m_a * m_b != 0:  # even if the sum cancels
             exponent[g] = e_a + e_b
-    return add_aligned(significand, unit, exponent, special, c, core)
+    return add_aligned(significand, fraction, exponent, special, c, core)
 
 
 @kernel
 def half_in_integers(a: Bits, b: Bits, c: f32, widths: tuple[int, int], core: TensorCore) -> f32:
     """One output of `mma_m16n8k16`, the specification: the bits of 16 and 16 operands, one C → D."""
-    significand, unit = np.zeros(17, np.int64), np.full(17, 2 * widths[1])
-    exponent = np.full(17, core.zero_exponent)
+    significand, fraction = np.zeros(core.depth + 1, np.int64), np.full(core.depth + 1, 2 * widths[1])
+    exponent = np.full(core.depth + 1, core.zero_exponent)
     special = 0.0
-    for i in range(16):
+    for i in range(core.depth):
         special += special_product(a[i], b[i], widths)
         (s_a, e_a), (s_b, e_b) = fields(a[i], widths), fields(b[i], widths)
         significand[i] = s_a * s_b
         if significand[i] != 0:
             exponent[i] = e_a + e_b
-    return add_aligned(significand, unit, exponent, special, c, core)
+    return add_aligned(significand, fraction, exponent, special, c, core)
 
 
 @helper
 def add_aligned(
-    significand: Ints, unit: Ints, exponent: Ints, special: float, c: f32, core: TensorCore
+    significand: Ints, fraction: Ints, exponent: Ints, special: float, c: f32, core: TensorCore
 ) -> f32:
-    """Terms significand · 2^(exponent − unit), the last one to be C, → D. `special`: ±inf, NaN or 0."""
+    """Terms significand · 2^(exponent − fraction), the last one to be C, → D. `special`: ±inf, NaN or 0."""
     if not np.isfinite(special + c):
         return float_of(NAN) if np.isnan(special + c) else f32(special + c)
     significand[-1], exponent_of_c = fields(bits_of(c), FP32)
-    unit[-1] = MANTISSA
+    fraction[-1] = MANTISSA
     if c != 0:
         exponent[-1] = exponent_of_c
-    most = exponent.max()
+    top = exponent.max()
     total = 0
     for i in range(len(significand)):
-        total += shifted(significand[i], core.fraction_bits - unit[i] - (most - exponent[i]))
-    return float32_toward_zero(total, most - core.fraction_bits)
+        total += shifted(significand[i], core.fraction_bits - fraction[i] - (top - exponent[i]))
+    return float32_toward_zero(total, top - core.fraction_bits)
 
 
 @helper
@@ -226,15 +226,15 @@ def float32_toward_zero(integer: int, exponent: int) -> f32:
 def aligned_sum(terms: Float64, exponents: Ints, c: f32, core: TensorCore) -> f32:
     """Exact terms, their exponents and C → D: `add_aligned` in float64, which holds every aligned sum, below
     2^50, exactly. Infinity and NaN among the terms or in C go the way of IEEE."""
-    everything, most = f64(c), core.zero_exponent
+    everything, top = f64(c), core.zero_exponent
     if c != 0:
-        most = max(most, fields(bits_of(c), FP32)[1])
+        top = max(top, fields(bits_of(c), FP32)[1])
     for i in range(len(terms)):
         everything += terms[i]
-        most = max(most, exponents[i])
+        top = max(top, exponents[i])
     if not np.isfinite(everything):
         return float_of(NAN) if np.isnan(everything) else f32(everything)
-    up, down = power_of_two(core.fraction_bits - most), power_of_two(most - core.fraction_bits)
+    up, down = power_of_two(core.fraction_bits - top), power_of_two(top - core.fraction_bits)
     total = np.trunc(f64(c) * up)
     for i in range(len(terms)):
         total += np.trunc(terms[i] * up)
@@ -268,7 +268,7 @@ def operand(codes: Codes, block_scales: Codes) -> Operand:
     """(rows, K) codes and (rows, K/16) scale bytes, decoded on all threads."""
     rows, steps = len(codes), -(-codes.shape[1] // RTX_BLACKWELL.depth)
     values = np.empty((steps, rows, RTX_BLACKWELL.depth))
-    exponents = np.full((steps, rows, RTX_BLACKWELL.depth // BLOCK), ALL_ZERO, np.int32)
+    exponents = np.full((steps, rows, RTX_BLACKWELL.depth // RTX_BLACKWELL.group), ALL_ZERO, np.int32)
     values[-1] = 0  # what the last step has beyond K
 
     def task(start: int, stop: int) -> None:

@@ -155,7 +155,7 @@ def operands(**changed):
         ({"sfa": np.zeros((4, 16), np.uint8)}, r"sfa has shape \(4, 16\); one MMA takes \(16, 4\)"),
         ({"b_codes": np.full((8, 64), 16, np.uint8)}, r"b_codes holds 0x10 at index .* a code has 4 bits"),
         ({"a_codes": np.zeros((16, 64))}, "a_codes has dtype float64; codes are uint8"),
-        ({"c": np.zeros((16, 8))}, "c has dtype float64; the accumulator is float32"),
+        ({"c": np.zeros((16, 8))}, "c has dtype float64; it must be one of float32"),
         ({"c": np.zeros((8, 16), np.float32)}, r"c has shape \(8, 16\); one MMA takes \(16, 8\)"),
     ],
 )
@@ -212,7 +212,48 @@ def test_changed_sources_are_compiled_again(tmp_path):
         return done.stdout
 
     assert quantized() == "[7 6]\n"
-    assert list((tmp_path / "emulator/__pycache__").glob("*.nbi"))
+    assert list((tmp_path / "emulator/__pycache__").rglob("*.nbi"))
     formats = tmp_path / "emulator/formats.py"
     formats.write_text(formats.read_text().replace("u32(steps + ", "u32(u32(8) + steps + "))
     assert quantized() != "[7 6]\n"
+
+
+def test_a_read_only_installation_works_without_a_cache(tmp_path):
+    for part in ("arcquant_ref", "emulator"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "emulator/__pycache__").write_text("a file where the folder would be")
+    (tmp_path / ".cache").write_text("and another")
+    code = "import emulator; print(emulator.jit._CACHE == '', emulator.encode_e2m1([2.5]))"
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "True [4]\n", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_during_a_product_can_multiply():
+    code = """
+import multiprocessing, numpy as np, emulator
+from emulator import gemm
+q = emulator.quantize(np.ones((4, 64)))
+gemm._one_user.acquire()
+child = multiprocessing.get_context("fork").Process(target=emulator.matmul, args=(q, q))
+child.start()
+child.join(60)
+print(child.exitcode)
+child.kill()
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "0\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_signalling_nans_pass_silently():
+    signalling = np.uint32([0x7F800001]).view(np.float32)
+    arrays = operands(c=np.broadcast_to(signalling, (16, 8)))
+    assert (emulator.mma_m16n8k64(**arrays).view(np.uint32) == 0x7FFFFFFF).all()
+    assert emulator.encode_e4m3(np.uint64([0x7FF0000000000001]).view(np.float64)) == 0x7F
+
+
+def test_nan_among_bfloat16_bits_is_named_as_such():
+    for dtype in ("<u2", ">u2"):
+        with pytest.raises(ValueError, match=r"x\.view\(ml_dtypes\.bfloat16\): 16 of 16 elements are NaN"):
+            emulator.quantize(np.full((1, 16), 0x7FC0, dtype), 1)
