@@ -14,8 +14,8 @@ from numba import config, njit
 
 
 def _cache_folder() -> str:
-    """A folder for compiled code, one for each state of the sources, because Numba watches only a function's own
-    file and not what it calls. Empty if none can be written."""
+    """A folder for compiled code, one for each state of the sources, because Numba watches only the file of a
+    function and not what it calls. Empty if none can be written."""
     here, digest = Path(__file__).parent, sha256()
     for source in sorted([*here.glob("*.py"), *(here.parent / "arcquant_ref").glob("*.py")]):
         digest.update(source.read_bytes())
