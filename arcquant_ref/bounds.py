@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
-from .augment import merge, reordered
-from .formats import BLOCK, E2M1, E4M3, Float64, FloatFormat
-from .quantize import exact_values
+from .augment import augment_activations, augment_weights, merge, reordered, split
+from .formats import BLOCK, E2M1, E4M3, Float32, Float64, FloatFormat, decode
+from .gemm import UNIT, integer_values, matmul
+from .quantize import exact_values, quantize
 from .select import Selection
 from .tensor import NVFP4Tensor
 
@@ -83,54 +84,60 @@ MXFP4_FLOOR = _supremum_mx(E2M1, *_floor_range(E2M1))  # 1/4, not attained
 PAPER_ARC = Fraction(9, 8) ** 2 / 2**4  # as arXiv 2601.07475 states it: docs/spec.md, section 6
 PAPER_MXFP8 = Fraction(2) / 2**4
 
-# Float32 rounding. Relative: the quotient x / step and its step are each within 2⁻²⁴, which moves
-# an element at the midpoint 5 by 10 · 2⁻²⁴ steps; amax / 6 / tensor_scale adds 2 · 2⁻²⁴ to the scale.
+# Float32 rounding, in units of 2⁻²⁴ of the bound. The quotient x / step and its step move an element at a
+# midpoint m by 2m steps where the bound is half a gap there: at most 14 (m = 1.75 and 3.5). Rounding the
+# residual adds at most 7. amax / 6 / tensor_scale is 2 off, which can move amax across a threshold.
 # Absolute: below 2⁻¹²⁶ the same quantities are within 2⁻¹⁵⁰ and are scaled by at most 6 + 5.
-ROUNDING_RELATIVE = 2.0**-20
+ROUNDING_RELATIVE = 2.0**-19
 ROUNDING_ABSOLUTE = 2.0**-146
 
 
 def nvfp4_bound(amax: ArrayLike, tensor_scale: float | np.float32) -> Float64:
     """Largest |x − x̂| in a block without residual, from its amax and the tensor scale; any shape, float64.
 
-    In units of the tensor scale, with a = amax and v = a / 6:
-      v >= 2⁻⁶            3/17 · a, but at most 448 (one step of the largest scale) or a − 2688 (saturated)
-      2⁻⁹ <= v < 2⁻⁶      the scale is subnormal, off by up to 2⁻¹⁰: max(min(v + 2⁻¹⁰, 2⁻⁶), 6 · 2⁻¹⁰)
-      v < 2⁻⁹             the scale is floored: 2⁻⁹, or a if that is less
-    Does not decrease with amax. Raises ValueError for a negative or non-finite amax or a bad tensor scale.
+    One step, e4m3(block scale) · tensor_scale, wherever the block scale is in its normal range; the rest of
+    the range is in docs/bounds.md. Never decreases with amax, and is the least such bound but for float32
+    rounding. Raises ValueError for a negative or non-finite amax or a bad tensor scale.
+
+    >>> nvfp4_bound([2688, 6, 0.02], tensor_scale=1).round(3)
+    array([4.48001e+02, 1.00000e+00, 6.00000e-03])
     """
     tensor_scale = checks.tensor_scale(tensor_scale)
-    a = checks.non_negative("amax", amax).astype(np.float64) / np.float64(tensor_scale)
-    return _in_real_units(_nvfp4_units(a), tensor_scale)
+    return _after_rounding(checks.non_negative("amax", amax).astype(np.float64), tensor_scale)
 
 
 def arc_bound(amax: ArrayLike, tensor_scale: float | np.float32) -> Float64:
     """Largest |x − x̂ − r̂| in a block with residual, from the amax of the primary block; any shape, float64.
 
-    3/100 · amax where both scales are sure to be normal (6 · 2⁻⁶ <= v) and nothing saturates (v <= 448), else
-    the NVFP4 bound of the NVFP4 bound. Never above `nvfp4_bound`: zero is a code, so quantizing a residual
-    cannot enlarge it. Errors as there.
+    The residuals are a block whose amax is at most the NVFP4 bound, so this is the NVFP4 bound of the NVFP4
+    bound, and the least in the same sense. Errors as there.
     """
     tensor_scale = checks.tensor_scale(tensor_scale)
-    a = checks.non_negative("amax", amax).astype(np.float64) / np.float64(tensor_scale)
-    v, first = a / E2M1.max, _nvfp4_units(a)
-    both_normal = (v >= E2M1.max * E4M3.least_normal) & (v <= E4M3.max)
-    second = np.where(both_normal, float(ARC) * a, _nvfp4_units(first))
-    return _in_real_units(np.minimum(second, first), tensor_scale)
+    first = _after_rounding(checks.non_negative("amax", amax).astype(np.float64), tensor_scale)
+    return np.minimum(first, _after_rounding(first, tensor_scale))
 
 
-def _nvfp4_units(a: Float64) -> Float64:
-    """The bound of an amax in units of the tensor scale, before float32 rounding."""
-    v, half_spacing = a / E2M1.max, E4M3.least_positive / 2
-    normal = np.minimum(float(NVFP4) * a, E4M3.max)
-    subnormal = np.maximum(np.minimum(v + half_spacing, E4M3.least_normal), E2M1.max * half_spacing)
-    floored = np.minimum(a, E4M3.least_positive)
-    bound = np.where(v >= E4M3.least_normal, normal, np.where(v >= E4M3.least_positive, subnormal, floored))
-    return np.maximum(bound, a - E2M1.max * E4M3.max)
+def _after_rounding(amax: Float64, tensor_scale: np.float32) -> Float64:
+    """`nvfp4_in_units` in real units, room made for float32 rounding before and after it."""
+    amax = amax * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE
+    scale = np.float64(tensor_scale)
+    return nvfp4_in_units(amax / scale) * scale * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE
 
 
-def _in_real_units(bound: Float64, tensor_scale: np.float32) -> Float64:
-    return bound * np.float64(tensor_scale) * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE
+def nvfp4_in_units(amax: Float64) -> Float64:
+    """sup |x − x̂| over real blocks with an amax up to this, or just above; in units of the tensor scale.
+
+    The block scale s is the one nearest to amax / 6. What is lost below 6 s is said by the gaps of E2M1; a
+    scale that was rounded down also loses amax − 6 s, which counts where scales are subnormal. Exact in
+    float64 if amax has at most 40 significant bits.
+    """
+    thresholds = E2M1.max * E4M3.midpoints.astype(np.float64)
+    scale = E4M3.magnitudes[np.searchsorted(thresholds, amax, side="right")]
+    scale = np.maximum(scale, E4M3.least_positive)[..., None]
+    half_gaps = np.append(np.diff(E2M1.magnitudes) / 2, np.inf)  # beyond the largest value nothing is near
+    error = np.clip(amax[..., None] - scale * E2M1.magnitudes, 0, scale * half_gaps).max(axis=-1)
+    rounded_down = np.where(amax >= thresholds[1], E2M1.max * E4M3.least_positive / 2, 0)
+    return np.maximum(error, rounded_down)
 
 
 def element_bounds(
@@ -195,8 +202,8 @@ def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> C
     >>> from arcquant_ref import quantize
     >>> x = np.float32([[6.4, 5.4] + [0] * 14])
     >>> print(check(x, quantize(x, tensor_scale=1)))
-    every error is within its bound; worst error / bound 0.7969 at (0, 1): 5.400000095367432 became 4.5,
-    error 0.9, bound 1.12941
+    every error is within its bound; worst error / bound 0.8000 at (0, 1): 5.400000095367432 became 4.5,
+    error 0.9, bound 1.125
     """
     x = checks.matrix("x", x, BLOCK)
     got = exact_values(q) if selection is None else merge(q, selection)
@@ -215,6 +222,108 @@ def check_output(x: ArrayLike, w: ArrayLike, got: ArrayLike, x_bounds: ArrayLike
     last_rounding = np.abs(got) * 2.0**-24 + 2.0**-150
     float64_sum = x.shape[1] * 2.0**-53 * (np.abs(x) @ np.abs(w).T)  # of the true product below
     return worst(x @ w.T, got, bound + np.where(np.isfinite(got), last_rounding, 0) + float64_sum)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Certificate:
+    """|y − ŷ| <= activation + weight + accumulation for every output of y = x wᵀ, each (M, N) float64.
+
+    activation    Σ_k bound(x[m, k]) · |ŵ[n, k]|: from the amax of each block of x alone
+    weight        Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|, known offline but for x
+    accumulation  rounding of the product, by any backend; and of y itself
+    y, y_hat      x wᵀ in float64, and the product of the reference
+    """
+
+    activation: Float64
+    weight: Float64
+    accumulation: Float64
+    y: Float64
+    y_hat: Float32
+
+    @property
+    def bound(self) -> Float64:
+        return self.activation + self.weight + self.accumulation
+
+    @property
+    def tightness(self) -> Float64:
+        """|y − ŷ| / bound of every output, (M, N); more than 1 would refute the certificate."""
+        return np.abs(self.y - self._judged(self.y_hat)) / self.bound
+
+    def check(self, y_hat: ArrayLike) -> Check:
+        """Does this (M, N) product, of any backend, stay within the bound? ValueError for another shape."""
+        got = np.asarray(y_hat, np.float64)
+        checks.same_shape("y_hat", got.shape, "y", self.y.shape)
+        return worst(self.y, self._judged(got), self.bound)
+
+    def _judged(self, y_hat: NDArray) -> Float64:
+        """An output that may overflow has no bound: whatever it is, it counts as right."""
+        return np.where(np.isfinite(self.bound), y_hat, self.y)
+
+
+def certify(
+    x: ArrayLike,
+    w: ArrayLike,
+    selection: Selection | None = None,
+    tensor_scale: float | np.float32 | None = None,
+) -> Certificate:
+    """The bound on every output of a W4A4 layer, from x (M, K), w (N, K) and the selection.
+
+    It holds for `matmul` of the augmented operands (of the plain ones without a selection) by every backend.
+    Dtypes and errors as in `augment_activations`; ValueError for different K. docs/bounds.md derives it.
+
+    >>> x, w = np.eye(2, 32), np.eye(3, 32)
+    >>> certificate = certify(x, w)
+    >>> bool((certificate.tightness <= 1).all()), certificate.check(certificate.y_hat + 1).holds
+    (True, False)
+    """
+    x, w = checks.matrix("x", x, BLOCK), checks.matrix("w", w, BLOCK)
+    checks.same_depth(x.shape[1], w.shape[1])
+    if selection is None:
+        a, b = quantize(x, tensor_scale), quantize(w)
+        w_hat = exact_values(b)
+    else:
+        a, b = augment_activations(x, selection, tensor_scale), augment_weights(w, selection)
+        w_hat = exact_values(split(b, selection.num_residual)[0])[:, np.argsort(selection.order)]
+    x64, w64 = x.astype(np.float64), w.astype(np.float64)
+    float64_sum = x.shape[1] * 2.0**-50 * (np.abs(x64) @ np.abs(w64).T)  # of y, and of the parts below
+    return Certificate(
+        activation=element_bounds(x, a.tensor_scale, selection) @ np.abs(w_hat).T,
+        weight=np.abs(x64) @ np.abs(w64 - w_hat).T,
+        accumulation=accumulation_bound(a, b) + float64_sum,
+        y=x64 @ w64.T,
+        y_hat=matmul(a, b),
+    )
+
+
+def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> Float64:
+    """Bound on |ŷ − a bᵀ|, (M, N) float64, for `matmul(a, b)` of every backend; inf where ŷ may overflow.
+
+    Step by step along the chain of a tensor core (docs/emulator.md): aligning four groups and C to 2^(E − 35)
+    loses less than 5 of these units, the truncation to float32 less than 2⁻²³ of the sum. One rounding, as in
+    the reference, is less. Raises as `matmul`.
+    """
+    left, right = (_chain_operand(name, q) for name, q in (("a", a), ("b", b)))
+    checks.same_depth(a.shape[1], b.shape[1])
+    total, error = np.zeros((2, len(a.codes), len(b.codes)))
+    for (x, scales_x), (w, scales_w) in zip(left, right):
+        groups = (scales_x[:, None] * scales_w).max(axis=-1)  # 2^E, unless C is larger
+        error = error + 5 * 2.0**-35 * np.maximum(groups, np.abs(total) + error)
+        total = total + x @ w.T
+        error = error + 2.0**-23 * (np.abs(total) + error) + 2.0**-149
+    scale = np.float64(a.tensor_scale) * np.float64(b.tensor_scale)
+    largest = np.abs(total) + error
+    bound = error * scale + largest * (scale * 2.0**-22 + 2.0**-149) + 2.0**-149
+    return np.where((largest + 1) * scale < np.finfo(np.float32).max / 2, bound * (1 + 2.0**-40), np.inf)
+
+
+def _chain_operand(name: str, q: NVFP4Tensor) -> list[tuple[NDArray, NDArray]]:
+    """For each step of 64 along K: e2m1 · e4m3 (rows, 64) and the power of two below each scale (rows, 4)."""
+    values = integer_values(q, name) * UNIT
+    scale = np.maximum(decode(E4M3, q.block_scales).astype(np.float64), E4M3.least_normal)
+    power = np.ldexp(1.0, np.frexp(scale)[1] - 1)
+    return [
+        (values[:, k : k + 64], power[:, k // BLOCK : (k + 64) // BLOCK]) for k in range(0, q.shape[1], 64)
+    ]
 
 
 def worst(true: Float64, got: Float64, bound: Float64) -> Check:

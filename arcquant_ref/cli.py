@@ -129,13 +129,17 @@ def run_dequantize(args: argparse.Namespace) -> None:
 
 
 def run_bounds(args: argparse.Namespace) -> int:
+    _require_suffix(args.plot, ".png")
     if args.matrix is None:
-        if args.selection is not None:
-            raise ValueError("--selection needs a matrix to augment.")
-        _print_constants(args.json)
-        return 0
+        if args.selection is not None or args.weights is not None:
+            raise ValueError("--selection and --weights need a matrix of activations.")
+        return _prove(args) if args.prove else _print_constants(args)
+    if args.prove or args.plot:
+        raise ValueError("--prove and --plot are about the bounds themselves; leave out the matrix.")
     x = read_matrix(args.matrix)
     selection = Selection.load(args.selection) if args.selection else None
+    if args.weights is not None:
+        return _print_certificate(bounds.certify(x, read_matrix(args.weights), selection), args.json)
     q = quantize(x) if selection is None else augment_activations(x, selection)
     check = bounds.check(x, q, selection)
     if args.json:
@@ -145,7 +149,45 @@ def run_bounds(args: argparse.Namespace) -> int:
     return int(not check.holds)
 
 
-def _print_constants(as_json: bool) -> None:
+def _print_certificate(certificate: bounds.Certificate, as_json: bool) -> int:
+    check, bound = certificate.check(certificate.y_hat), certificate.bound
+    share = {
+        part: float(np.mean(getattr(certificate, part) / bound))
+        for part in ("activation", "weight", "accumulation")
+    }
+    tightness = {"mean": float(certificate.tightness.mean()), "worst": check.worst_ratio}
+    if as_json:
+        _print_json(asdict(check) | {"holds": check.holds, "share": share, "tightness": tightness})
+    else:
+        print(f"{bound.shape[0]} x {bound.shape[1]} outputs: {check}")
+        print(f"mean error / bound {tightness['mean']:.4f}; of the bound, on average")
+        _print_tree({f"  {part}": f"{100 * value:.3g} %" for part, value in share.items()})
+    return int(not check.holds)
+
+
+def _prove(args: argparse.Namespace) -> int:
+    backends.get("emulator")  # or the reason why not
+    from . import prove
+
+    proof = prove.prove()
+    if args.json:
+        _print_json(asdict(proof))
+    else:
+        print(prove.report(proof))
+    _plot_bounds(args.plot)
+    return int(not proof.holds)
+
+
+def _plot_bounds(path: Path | None) -> None:
+    if path is not None:
+        from .plots import bounds_figure
+
+        figure = bounds_figure()
+        with written_whole(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+
+
+def _print_constants(args: argparse.Namespace) -> int:
     rows = [
         ("NVFP4", bounds.NVFP4, None),
         ("NVFP4 + residual (ARC)", bounds.ARC, bounds.PAPER_ARC),
@@ -154,16 +196,18 @@ def _print_constants(as_json: bool) -> None:
         ("MXFP4, ceiling scale", bounds.MXFP4_CEILING, None),
         ("MXFP4, OCP floor scale", bounds.MXFP4_FLOOR, None),
     ]
-    if as_json:
+    if args.json:
         _print_json(
             {name: {"bound": float(ours), "paper": paper and float(paper)} for name, ours, paper in rows}
         )
-        return
-    print("Largest element error / block amax, scales in their normal range")
-    print(f"{'scheme':<24} {'sharp bound':>20}   {'paper':>16}")
-    for name, ours, paper in rows:
-        stated = f"{paper!s:>7} = {float(paper):.4f}" if paper else ""
-        print(f"{name:<24} {ours!s:>10} = {float(ours):.5f}   {stated:>16}")
+    else:
+        print("Largest element error / block amax, scales in their normal range")
+        print(f"{'scheme':<24} {'sharp bound':>20}   {'paper':>16}   {'paper / sharp':>13}")
+        for name, ours, paper in rows:
+            stated = f"{paper!s:>7} = {float(paper):.4f}   {float(paper / ours):>13.2f}" if paper else ""
+            print(f"{name:<24} {ours!s:>10} = {float(ours):.5f}   {stated:>16}".rstrip())
+    _plot_bounds(args.plot)
+    return 0
 
 
 def run_bench(args: argparse.Namespace) -> None:
@@ -349,11 +393,16 @@ def _parser() -> argparse.ArgumentParser:
     p = command(
         "bounds",
         run_bounds,
-        "the largest error / block amax of each format, or the worst error / bound of a matrix",
+        "the largest error / block amax of each format, or the worst error / bound of a matrix or a product",
         as_json,
     )
-    p.add_argument("matrix", nargs="?", help=matrix_help)
+    p.add_argument("matrix", nargs="?", help=f"activations: {matrix_help}")
     p.add_argument("--selection", type=Path, metavar="FILE.safetensors", help="augment the matrix first")
+    p.add_argument("--weights", metavar="MATRIX", help="certify the product with these (N, K) weights")
+    p.add_argument(
+        "--prove", action="store_true", help="try every bfloat16 and float16 block amax and element (minutes)"
+    )
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the errors and the bounds")
 
     p = command(
         "sample", run_sample, "capture the demo's layers again from the model (needs the extra `model`)"

@@ -7,9 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from . import demo
+from . import bounds, demo, prove
+from .augment import augment_activations, merge
+from .baselines import MX_BLOCK, mxfp8
 from .bench import Row
-from .formats import BLOCK
+from .formats import BLOCK, Float64
+from .quantize import exact_values, quantize
 from .sample import Layer
 from .select import TAU, calibrate, select, select_top
 
@@ -98,3 +101,77 @@ def growth_figure(rows: Sequence[Row]) -> Figure:
         axes.legend(frameon=False)
     figure.suptitle("The cost grows with the work: one line, until a call costs more than what it does")
     return figure
+
+
+def bounds_figure() -> Figure:
+    """Above: error / amax of every element of a worst block, for three schemes. Below: the bound / amax for
+    every amax, with what bfloat16 attains."""
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.1])
+    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
+    panels: Sequence[Axes] = above.subplots(1, 3, sharey=True)
+    constants = {
+        "NVFP4": (bounds.NVFP4, None),
+        "ARC": (bounds.ARC, bounds.PAPER_ARC),
+        "MXFP8, ceiling scale": (bounds.MXFP8_CEILING, bounds.PAPER_MXFP8),
+    }
+    for axes, (scheme, (constant, paper)) in zip(panels, constants.items()):
+        x, error = _worst_block(scheme)
+        worst = np.argmax(error)
+        axes.plot(x, error, color=BLUE, linewidth=1)
+        axes.axhline(float(constant), color=ORANGE, linestyle="--", label=f"proved: {constant}")
+        if paper:
+            axes.axhline(float(paper), color=GREY, linestyle=":", label=f"paper: {float(paper):.4f}")
+        axes.plot(x[worst], error[worst], color=ORANGE, marker="*", markersize=13, linestyle="")
+        axes.annotate(
+            f"{error[worst]:.5f}", (x[worst], error[worst]), (-8, 5), textcoords="offset points", ha="right"
+        )
+        axes.set(title=scheme, xlabel="element / amax")
+        axes.legend(loc="upper left", frameon=False)
+    panels[0].set(ylabel="|element − its value| / amax", ylim=(0, 0.22))
+    above.suptitle("A worst block of each scheme: the error of an element of any size. ★ is the largest")
+    axes = below.subplots()
+    _every_amax(axes)
+    below.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _worst_block(scheme: str) -> tuple[Float64, Float64]:
+    """Element / amax and error / amax in a block whose amax has rounded its scale up as far as that goes."""
+    width, others = BLOCK, np.zeros(0)
+    if scheme == "NVFP4":
+        threshold, worst = 6 * 1.0625, 5 * 1.125
+    elif scheme == "ARC":  # a residual of a whole step sets the second scale, 0.28125
+        threshold, worst, others = 6 * 1.5625, 4 * 1.625 + 5 * 0.28125, np.array([5 * 1.625])
+    else:
+        width, threshold, worst = MX_BLOCK, 272.0, 272.0  # halfway between 256 and 288
+    amax = np.nextafter(np.float32(threshold), np.float32(np.inf))
+    x = np.sort(np.append(np.linspace(0, amax, 4000), worst))
+    blocks = np.zeros((len(x), width), np.float32)
+    blocks[:, 0] = x
+    blocks[:, 1 : 2 + len(others)] = [amax, *others]
+    if "MX" in scheme:
+        values = mxfp8(blocks).astype(np.float64)
+    elif scheme == "NVFP4":
+        values = exact_values(quantize(blocks, 1))
+    else:
+        values = merge(augment_activations(blocks, prove.ALL, 1), prove.ALL)
+    return x / float(amax), np.abs(blocks - values)[:, 0] / float(amax)
+
+
+def _every_amax(axes: Axes) -> None:
+    amax = np.geomspace(prove.LEAST, prove.MOST, 20000)
+    swept = prove.sweep(prove.bfloat16(), prove.that_matter(prove.bfloat16())[::25])
+    marks = {"NVFP4": (BLUE, "o"), "ARC": (ORANGE, "^")}
+    for s, (scheme, bound) in enumerate(prove.BOUNDS.items()):
+        color, marker = marks[scheme]
+        axes.plot(amax, bound(amax) / amax, color=color, linewidth=1, label=f"{scheme}: bound")
+        axes.plot(
+            swept.amaxes, swept.worst[s] / swept.amaxes, color=color, marker=marker, markersize=4,
+            linestyle="", markerfacecolor="none", label=f"{scheme}: bfloat16 attains",
+        )  # fmt: skip
+    axes.axhline(float(bounds.MXFP8_CEILING), color=GREY, linestyle="--", label="MXFP8: 1/17")
+    for end in prove.range_below(prove.arc, float(bounds.MXFP8_CEILING)):
+        axes.axvline(end, color=GREY, linestyle=":", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="block amax / tensor scale", ylabel="largest error / amax")
+    axes.set_title("Every block amax: ARC's largest error is below MXFP8's between the dotted lines")

@@ -7,9 +7,20 @@ from hypothesis import strategies as st
 from strategies import matrices, tensor_scales
 from support import every_backend, finite_bf16, neighbours
 
-from arcquant_ref import augment_activations, baselines, bounds, dequantize, linear, quantize, select_top
+from arcquant_ref import (
+    augment_activations,
+    baselines,
+    bounds,
+    calibrate,
+    dequantize,
+    linear,
+    quantize,
+    select,
+    select_top,
+)
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
 from arcquant_ref.quantize import exact_values
+from arcquant_ref.sample import load_sample
 
 
 def test_the_constants_are_the_published_fractions():
@@ -188,6 +199,84 @@ def test_an_exact_product_may_err_by_its_last_rounding_and_no_more():
         ]
         assert min(ratios) > 1
     assert not bounds.check_output(x, w, np.full_like(right, np.inf), exact_x, w).holds
+
+
+@st.composite
+def layers(draw):
+    """x, w and a selection, of every kind of block; and a tensor scale, which may saturate x."""
+    blocks = draw(st.integers(1, 5))
+    x, w = (np.clip(draw(matrices(blocks_along_k=blocks)), -1e6, 1e6) for _ in "xw")
+    s = BLOCK * draw(st.integers(0, blocks))
+    return x, w, draw(st.sampled_from([None, select_top(np.abs(x).max(axis=0), s)])), draw(tensor_scales)
+
+
+def operands(backend, x, w, selection, tensor_scale=None):
+    if selection is None:
+        return backend.quantize(x, tensor_scale), backend.quantize(w)
+    return backend.augment_activations(x, selection, tensor_scale), backend.augment_weights(w, selection)
+
+
+@every_backend
+@given(layers())
+def test_a_certificate_holds_for_every_product(backend, layer):
+    x, w, selection, tensor_scale = layer
+    certificate = bounds.certify(x, w, selection, tensor_scale)
+    check = certificate.check(backend.matmul(*operands(backend, *layer)))
+    target(check.worst_ratio)
+    assert check.holds, check
+    assert (certificate.tightness <= 1).all()
+
+
+@every_backend
+def test_a_certificate_holds_on_real_layers(backend):
+    for layer in load_sample():
+        x, w = layer.evaluation, layer.weight
+        for selection in (None, select(calibrate([layer.calibration]))):
+            check = bounds.certify(x, w, selection).check(backend.matmul(*operands(backend, x, w, selection)))
+            assert check.holds, check
+            assert check.worst_ratio > 0.05  # and is no empty promise
+
+
+@every_backend
+def test_a_code_off_by_one_breaks_a_certificate(backend):
+    """Weights that pick one channel each show the error of its element: nothing hides in a sum."""
+    x = sharp_arc_block(np.nextafter(np.float32(6 * 1.5625), np.float32(10)))
+    w = np.eye(BLOCK)
+    certificate = bounds.certify(x, w, ALL, 1)
+    assert 0.9999 < certificate.tightness.max() <= 1
+    a, b = operands(backend, x, w, ALL, 1)
+    assert certificate.check(backend.matmul(a, b)).holds
+    for k, code in ((1, 7), (2, 7), (BLOCK + 2, 5)):  # primary and residual codes 6, one off
+        assert a.codes[0, k] == 6
+        wrong = a.map(np.copy)
+        wrong.codes[0, k] = code
+        check = certificate.check(backend.matmul(wrong, b))
+        assert not check.holds
+        assert check.index == (0, k % BLOCK)
+
+
+def test_the_parts_of_a_certificate():
+    x, w = np.full((2, 32), 3.0), np.full((3, 32), 0.1)
+    certificate = bounds.certify(x, w)
+    hat = exact_values(quantize(w))
+    np.testing.assert_allclose(certificate.weight, np.abs(x) @ np.abs(w.astype(np.float32) - hat).T)
+    bound = bounds.element_bounds(x, quantize(x).tensor_scale)
+    np.testing.assert_allclose(certificate.activation, bound @ np.abs(hat).T)
+    assert (certificate.accumulation < 1e-5 * certificate.activation).all()
+    np.testing.assert_array_equal(certificate.y_hat, linear(x, w, select_top(np.ones(32), 0)))
+    with pytest.raises(ValueError, match=r"y_hat has shape \(3, 2\) but y has \(2, 3\)"):
+        certificate.check(certificate.y_hat.T)
+    with pytest.raises(ValueError, match="a has K=32 and b has K=16"):
+        bounds.certify(x, w[:, :16])
+
+
+def test_an_output_that_may_overflow_has_no_bound():
+    x, w = np.full((1, BLOCK), 1e20), np.full((2, BLOCK), [[1e18], [1e-3]])
+    certificate = bounds.certify(x, w)
+    assert np.isinf(certificate.bound).tolist() == [[True, False]]
+    assert np.isinf(certificate.y_hat[0, 0])
+    assert certificate.check(certificate.y_hat).holds
+    assert not certificate.check(np.full((1, 2), np.inf)).holds
 
 
 def test_worst_reports_the_witness_and_nan_is_a_violation():

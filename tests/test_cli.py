@@ -13,7 +13,7 @@ import safetensors.numpy
 from support import assert_same_tensor
 
 import arcquant_ref as aq
-from arcquant_ref import NVFP4Tensor, Selection
+from arcquant_ref import NVFP4Tensor, Selection, bounds, prove
 from arcquant_ref.cli import main, read_matrix
 
 X = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
@@ -101,6 +101,36 @@ def test_bounds_prints_the_constants(capsys):
     for fraction in ("3/17", "3/100", "1/17", "81/1024"):
         assert fraction in out
     assert json.loads(run(capsys, "bounds --json"))["NVFP4"] == {"bound": 3 / 17, "paper": None}
+
+
+def test_bounds_proves_them_and_draws_them(capsys, monkeypatch):
+    right = prove.that_matter
+    monkeypatch.setattr(prove, "that_matter", lambda numbers: right(numbers)[::50])
+    monkeypatch.setattr(prove, "float16", lambda: np.arange(64.0) / 8)
+    monkeypatch.setattr(prove, "OTHER_TENSOR_SCALES", 2)
+    out = run(capsys, "bounds --prove --plot b.png")
+    assert "Every bfloat16 amax" in out
+    assert "ARC comes within" in out
+    assert "from 0.00830078 to 4176" in out
+    assert out.endswith("Every error is within its bound.\n")
+    with open("b.png", "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    assert json.loads(run(capsys, "bounds --prove --json"))["rows"]["bfloat16"][0]["worst_ratio"] <= 1
+    bound = bounds.nvfp4_in_units
+    monkeypatch.setattr(bounds, "nvfp4_in_units", lambda amax: 0.999 * bound(amax))
+    assert main(["bounds", "--prove"]) == 1
+    assert capsys.readouterr().out.endswith("BOUND VIOLATED\n")
+
+
+def test_bounds_certifies_a_product(capsys):
+    np.save("w.npy", X[:5] / 3)
+    run(capsys, "select x.npy -o s.safetensors")
+    out = run(capsys, "bounds x.npy --weights w.npy --selection s.safetensors")
+    assert f"{len(X)} x 5 outputs: every error is within its bound" in out
+    assert "activation" in out
+    plain = json.loads(run(capsys, "bounds x.npy --weights w.npy --json"))
+    assert plain["holds"]
+    assert sum(plain["share"].values()) == pytest.approx(1)
 
 
 def test_info_says_what_is_usable_and_why_not(capsys):
@@ -212,7 +242,10 @@ def test_bad_files_and_options(capsys):
         "quantize x.npy -o folder.safetensors": "exists and is not a regular file",
         "dequantize q.safetensors -o y.safetensors": "y.safetensors must end in .npy",
         "select x.npy --num-residual 16 --tau 0.1": "leave it out, or leave out --tau",
-        "bounds --selection s.safetensors": "--selection needs a matrix",
+        "bounds --selection s.safetensors": "--selection and --weights need a matrix",
+        "bounds --weights x.npy": "--selection and --weights need a matrix",
+        "bounds x.npy --prove": "--prove and --plot are about the bounds themselves",
+        "bounds x.npy --weights narrow.npy": "a has K=64 and b has K=32",
         "sample -o sample.npy": "sample.npy must end in .npz",
         "quantize x.npy -o absent/q.safetensors": "absent does not exist. Create it first",
     }.items():

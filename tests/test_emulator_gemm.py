@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
 import emulator
-from arcquant_ref import NVFP4Tensor, gemm
+from arcquant_ref import NVFP4Tensor, bounds, gemm
 from arcquant_ref.formats import BLOCK
 from emulator.gemm import matmul_in_integers
 
@@ -141,8 +141,29 @@ def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
 def test_matmul_is_within_its_bound_of_the_exact_one(kind, size, seed):
     (m, n, blocks), rng = size, np.random.default_rng(seed)
     a, b = (replace(tensor_with_scales(kind, rng, (rows, blocks * BLOCK)), tensor_scale=1) for rows in (m, n))
-    exactly = gemm.integer_matmul(a, b) * 2.0**-20
-    assert (np.abs(emulator.matmul(a, b) - exactly) <= accumulation_bound(a, b)).all()
+    error = np.abs(emulator.matmul(a, b) - gemm.integer_matmul(a, b) * 2.0**-20)
+    assert (error <= accumulation_bound(a, b)).all()
+    assert (error <= bounds.accumulation_bound(a, b)).all()
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "spread", "far spread", "mostly zero"])
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+def test_matmul_is_within_the_accumulation_bound_with_any_tensor_scales(kind, size, seed):
+    (m, n, blocks), rng = size, np.random.default_rng(seed)
+    a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+    exactly = gemm.integer_matmul(a, b) * (2.0**-20 * np.float64(a.tensor_scale) * np.float64(b.tensor_scale))
+    bound = bounds.accumulation_bound(a, b)
+    with np.errstate(invalid="ignore"):  # inf − inf where nothing is promised
+        error = np.abs(emulator.matmul(a, b) - exactly)
+    assert (error[np.isfinite(bound)] <= bound[np.isfinite(bound)]).all()
+
+
+def test_the_accumulation_bound_is_no_empty_promise():
+    rng = np.random.default_rng(5)
+    for kind, least in (("spread", 0.2), ("far spread", 0.2)):
+        a, b = (replace(tensor_with_scales(kind, rng, (40, 320)), tensor_scale=1) for _ in "ab")
+        error = np.abs(emulator.matmul(a, b) - gemm.integer_matmul(a, b) * 2.0**-20)
+        assert (error / bounds.accumulation_bound(a, b)).max() > least, kind
 
 
 @pytest.mark.parametrize("power", [-60, 0, 40])

@@ -66,11 +66,19 @@ MUTANTS = [
     ("gemm", "if exact > nearest else", "if exact < nearest else"),
     ("gemm", "    for i in zip(*np.nonzero(low != high)):", "    for i in []:"),  # Ziv's test left out
     ("bounds", "if midpoint >= Fraction(E4M3.least_normal)", "if midpoint >= 0"),
-    ("bounds", "E2M1.max * half_spacing)", "half_spacing)"),  # "at most one step"
-    ("bounds", "np.maximum(bound, a - E2M1.max * E4M3.max)", "bound"),  # saturation
-    ("bounds", "float(ARC) * a,", "float(NVFP4**2) * a,"),  # valid, but not sharp
-    ("bounds", "np.minimum(float(NVFP4) * a, E4M3.max)", "float(NVFP4) * a"),
-    ("bounds", "np.minimum(v + half_spacing, E4M3.least_normal)", "(v + 2 * half_spacing)"),
+    ("bounds", "E2M1.max * E4M3.least_positive / 2, 0)", "E4M3.least_positive / 2, 0)"),  # "at most one step"
+    ("bounds", "np.diff(E2M1.magnitudes) / 2, np.inf)", "np.diff(E2M1.magnitudes) / 2, 0)"),  # saturation
+    (
+        "bounds",
+        "np.minimum(first, _after_rounding(first, tensor_scale))",
+        "float(NVFP4) * first",
+    ),  # not sharp
+    (
+        "bounds",
+        "scale = np.maximum(scale, E4M3.least_positive)",
+        "scale = np.maximum(scale, E4M3.least_normal)",
+    ),
+    ("bounds", "amax = amax * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE\n", "pass\n"),
     ("bounds", "ROUNDING_ABSOLUTE = 2.0**-146", "ROUNDING_ABSOLUTE = 2.0**-125"),
     ("bounds", "bound + np.where(np.isfinite(got), last_rounding, 0) + float64_sum", "bound + float64_sum"),
     ("bounds", "x.shape[1] * 2.0**-53", "2.0**-20"),
@@ -82,6 +90,26 @@ MUTANTS = [
 
 
 STEPS, PRODUCT, CODES = "test_tensor_core.py", "test_emulator_gemm.py", "test_agreement.py"
+BOUNDS, PROOF = "test_bounds.py", "test_prove.py"
+BOUNDS_MUTANTS = [  # that only the emulator, or the proof, can tell
+    ("bounds", PRODUCT, "error + 5 * 2.0**-35 *", "error + 2.0**-40 *"),
+    ("bounds", PRODUCT, "error + 2.0**-23 *", "error + 2.0**-26 *"),
+    ("bounds", BOUNDS, "np.abs(w64 - w_hat).T,\n", "np.abs(w64 - w_hat).T / 2,\n"),
+    ("bounds", PRODUCT, "(scale * 2.0**-22 + 2.0**-149) + 2.0**-149", "0"),  # the epilogue's rounding
+    (
+        "bounds",
+        BOUNDS,
+        "element_bounds(x, a.tensor_scale, selection) @",
+        "element_bounds(x, a.tensor_scale) @",
+    ),
+    ("bounds", BOUNDS, "np.where(np.isfinite(self.bound), y_hat, self.y)", "y_hat"),
+    ("bounds", PROOF, 'amax, side="right")', 'amax, side="left")'),  # a tie that goes to the larger scale
+    ("bounds", PROOF, "np.maximum(error, rounded_down)", "error"),
+    ("prove", PROOF, "residual[j] >= residual[count - 1]", "residual[j] >= 0"),  # amax without a residual
+    ("prove", PROOF, "if residual[j] > largest[code]:", "if residual[j] < largest[code]:"),
+    ("prove", PROOF, 'count = np.searchsorted(x, amaxes[i], side="right")', "count = len(x)"),  # beyond amax
+    ("prove", PROOF, "(1 - fraction)]", "(2 - fraction)]"),
+]
 EMULATOR_MUTANTS = [
     ("tensor_core", STEPS, "fraction_bits=35", "fraction_bits=34"),
     ("tensor_core", STEPS, "fraction_bits=35", "fraction_bits=36"),
@@ -155,14 +183,16 @@ BOTH = ["arcquant_ref", "emulator"]
 RUNS = {
     f"{module}: {new.strip()}": (BOTH[:1], f"arcquant_ref/{module}.py", old, new, core_first(module))
     for module, old, new in MUTANTS
-} | {
-    f"emulator/{module}: {new.strip()}": (BOTH, f"emulator/{module}.py", old, new, [tests])
-    for module, tests, old, new in EMULATOR_MUTANTS
 }
+for package, mutants in (("arcquant_ref", BOUNDS_MUTANTS), ("emulator", EMULATOR_MUTANTS)):
+    RUNS |= {
+        f"{package}/{module}: {new.strip()}": (BOTH, f"{package}/{module}.py", old, new, [tests])
+        for module, tests, old, new in mutants
+    }
 NOTHING = ("arcquant_ref/gemm.py", "MAX_DEPTH = ", "MAX_DEPTH = ")
 UNCHANGED = {  # or every mutant would be caught by the copying
     "unchanged core": (BOTH[:1], *NOTHING, core_first("formats")),
-    "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES]),
+    "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES, BOUNDS, PROOF]),
 }
 in_ci = pytest.mark.skipif(
     not os.environ.get("CI"), reason="in CI only: every mutant is a test run of its own"

@@ -1,0 +1,135 @@
+"""The proof by exhaustion: that it tries what it says, and that a wrong bound does not survive it."""
+
+from fractions import Fraction
+from itertools import product
+
+import exact
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import finite_bf16
+
+from arcquant_ref import augment_activations, bounds, encode_e2m1, encode_e4m3, prove
+from arcquant_ref.augment import merge
+from arcquant_ref.formats import BLOCK, E4M3
+from arcquant_ref.quantize import exact_values, quantize
+
+LEAST = 2.0**-9  # the least E4M3
+
+
+@pytest.fixture(scope="module")
+def some() -> prove.Sweep:
+    """Every bfloat16 element; every 32nd amax, and those where the block scale is a tie."""
+    x = prove.bfloat16()
+    amaxes = prove.that_matter(x)
+    ties = amaxes[np.isin(amaxes, 6 * E4M3.midpoints.astype(np.float64))]
+    return prove.sweep(x, np.union1d(amaxes[::32], ties))
+
+
+def test_its_own_rounding_is_everybodys():
+    x = finite_bf16()
+    x = x[~np.signbit(x)]
+    for grid, encode in ((prove.ELEMENT, encode_e2m1), (prove.SCALE, encode_e4m3)):
+        own = [prove.nearest_code(float(value), grid) for value in x]
+        np.testing.assert_array_equal(own, encode(x))
+
+
+@given(
+    st.lists(st.sampled_from(prove.bfloat16()[0x3C00:0x4000]), min_size=3, max_size=9, unique=True),
+    st.integers(-9, 14),
+)
+@settings(max_examples=20)
+def test_a_sweep_finds_the_worst_of_all_blocks(numbers, power):
+    """Rational arithmetic, and every block with the last of these numbers as its amax and two more of them:
+    no error depends on more than its own number, the amax and the number that sets the second scale."""
+    numbers = sorted(float(n) * 2.0**power for n in numbers)
+    swept = prove.sweep(np.array(numbers), np.array(numbers[-1:]))
+    worst = [Fraction(0), Fraction(0)]
+    for pair in product(numbers, repeat=2):
+        block = [numbers[-1], *pair] + [0.0] * (BLOCK - 3)
+        codes, scale = exact.quantize_block(block, Fraction(1))
+        residual = [Fraction(x) - exact.decode(c, scale) for x, c in zip(block, codes)]
+        again, second = exact.quantize_block([float(r) for r in residual], Fraction(1))
+        left = [abs(r - exact.decode(c, second)) for r, c in zip(residual, again)]
+        worst = [max(worst[0], *map(abs, residual)), max(worst[1], *left)]
+    assert [float(w) for w in worst] == swept.worst[:, 0].tolist()
+
+
+def test_every_bound_holds_and_is_attained_in_every_regime(some):
+    rows = prove.rows(some)
+    assert {row.scheme for row in rows} == {"NVFP4", "ARC"}
+    assert len(rows) == 9
+    for row in rows:
+        assert row.worst_ratio == 1, row
+        assert 0.6 * row.supremum < row.attained <= row.supremum, row
+        x = np.array([row.block], np.float32)
+        if row.scheme == "NVFP4":
+            error = np.abs(exact_values(quantize(x, 1)) - x).max()
+        else:
+            error = np.abs(merge(augment_activations(x, prove.ALL, 1), prove.ALL) - x).max()
+        assert error / x.max() == pytest.approx(row.attained, rel=1e-15)
+
+
+@pytest.mark.parametrize("factor", [1 - 2.0**-30, 0.9])
+def test_a_bound_that_is_too_low_is_refuted(some, factor, monkeypatch):
+    right = bounds.nvfp4_in_units
+    monkeypatch.setattr(bounds, "nvfp4_in_units", lambda amax: factor * right(amax))
+    assert max(row.worst_ratio for row in prove.rows(some)) > 1
+
+
+def test_the_constants_are_the_suprema_of_the_normal_range():
+    for scheme, constant in (("NVFP4", 3 / 17), ("ARC", 3 / 100)):
+        (low, high) = next((low, high) for name, low, high in prove.regimes(scheme) if name == "normal")
+        assert high == np.nextafter(2688, 3000)
+        assert prove.supremum(prove.BOUNDS[scheme], low, high) == pytest.approx(constant, rel=1e-9)
+        assert (
+            prove.supremum(prove.BOUNDS[scheme], low * 0.999, high) > constant * 1.00001 or scheme == "NVFP4"
+        )
+    assert float(bounds.NVFP4) == 3 / 17
+    assert low == 700 / 3 * LEAST
+
+
+@pytest.mark.parametrize(
+    ("constant", "low", "high"),
+    [(bounds.MXFP8_CEILING, 4.25 * LEAST, 4176), (bounds.MXFP8_FLOOR, 2 * LEAST, 6144)],
+)
+def test_where_arc_errs_more_than_mxfp8(constant, low, high):
+    assert prove.range_below(prove.arc, float(constant)) == (low, high)
+    amax = np.arange(1, 4 * 7000 * 512) * LEAST / 4  # in between the bound is linear
+    above = prove.arc(amax) > float(constant) * amax * (1 + 1e-12)
+    inner = (amax != low) & (amax != high)  # at the ends it is equal, or jumps
+    np.testing.assert_array_equal(above[inner], ((amax < low) | (amax > high))[inner])
+
+
+def test_half_the_widest_tau_would_do():
+    """With τ = 1/8 a plain channel errs by at most 3/17 · 1/8 of the largest channel amax, less than ARC's
+    3/100 in the others; that holds up to τ = 17/100, and 1/8 is the largest power of two below."""
+    assert bounds.NVFP4 * Fraction(1, 8) < bounds.ARC < bounds.NVFP4 * Fraction(1, 4)
+    assert Fraction(17, 100) == bounds.ARC / bounds.NVFP4
+
+
+@pytest.mark.parametrize("tensor_scale", [1.0, 1 / 3, 1.7808476686477661])
+def test_float32_comes_within_an_ulp_or_two(tensor_scale):
+    for found in prove.nearest_float32(tensor_scale):
+        assert 1 - 2.0**-19 < found.ratio < 1 + bounds.ROUNDING_RELATIVE
+        x = np.array([found.block], np.float32)
+        if found.scheme == "NVFP4":
+            assert bounds.check(x, quantize(x, tensor_scale)).holds
+        else:
+            assert bounds.check(x, augment_activations(x, prove.ALL, tensor_scale), prove.ALL).holds
+
+
+def test_mx_attains_what_it_must():
+    for scheme, mx in prove.MX.items():
+        assert float(mx.constant) * 0.97 < prove.mx_attained(mx, prove.bfloat16()) <= float(mx.constant), (
+            scheme
+        )
+
+
+def test_the_table_is_in_order():
+    rows = [r for r in prove.rows(prove.sweep(prove.bfloat16(), np.float64([1.0, 9.4375])))]
+    for line in prove.table(rows):
+        assert line.normal_data < line.constant
+        assert line.real_layers <= line.constant * (1 + 2.0**-19)
+        assert line.paper is None or line.paper >= line.constant
