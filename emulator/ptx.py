@@ -18,6 +18,7 @@ from . import ptx_memory as watch
 from .formats import f32, u8, u32
 from .ptx_arithmetic import DTYPES, bits_in_type, operation, u16, u64
 from .ptx_memory import Buffer, Memory
+from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
 Array = NDArray[Any]
 WARP = 32
@@ -307,6 +308,9 @@ class Batch:
             if space in ("shared", "local"):
                 regions = self.spaces[space].state.reshape(-1, self.spaces[space].size)
                 regions[:, address : address + size] = watch.UNWRITTEN
+        self.copies: list[Copies] = []
+        self.groups = np.zeros(n, np.int64)  # that each thread has committed
+        self.finishes: dict[int, Callable[[Array], None]] = {}
         self.at = 0
         self.activate(self.pc == 0)
 
@@ -385,6 +389,47 @@ class Batch:
     def now(self, space: str) -> Array:
         return self.block_number + 1 if space == "global" else self.stamps
 
+    def alive(self) -> Array:
+        return self.pc != EXITED
+
+    def warps(self, needs: Array | None = None) -> Array:
+        """Numbers of the warps at this instruction; each must be there whole, or with all threads in `needs`."""
+        mask = self.mask.reshape(-1, WARP)
+        warps = np.flatnonzero(mask.any(axis=1))
+        needed = np.ones_like(mask) if needs is None else needs.reshape(-1, WARP)
+        missing = np.argwhere(needed[warps] & ~mask[warps])
+        if len(missing):
+            warp, lane = warps[missing[0, 0]], missing[0, 1]
+            self.fail(Divergence, warp * WARP + lane, "is not there; this instruction needs the whole warp")
+        return warps
+
+    def named(self, mask: Callable[["Batch"], Array]) -> Array:
+        """Whether a thread is in its own member mask."""
+        return (np.broadcast_to(mask(self), self.size) >> (self.thread % WARP).astype(u32) & u32(1)).astype(bool)
+
+    def members(self, mask: Callable[["Batch"], Array]) -> Array:
+        """(warps, 32): the threads that take part; all that a member mask names and that live must be there."""
+        absent = np.flatnonzero(self.mask & ~self.named(mask))
+        if len(absent):
+            self.fail(Divergence, absent[0], "is not in the member mask of this instruction")
+        names = np.broadcast_to(mask(self), self.size)[self.lanes]
+        here, living = (one_bits(x.reshape(-1, WARP))[self.lanes // WARP] for x in (self.mask, self.alive()))
+        absent = np.flatnonzero(names & living & ~here)
+        if len(absent):
+            self.fail(Divergence, self.lanes[absent[0]], "names threads in its member mask that are not at this instruction")
+        return self.mask.reshape(-1, WARP)
+
+    def wait(self, finish: Callable[[Array], None]) -> int | None:
+        """At a barrier of the block; `finish` is for the threads it lets go on."""
+        if self.everyone:
+            finish(self.mask)
+            self.pass_barrier(self.mask)
+            return None
+        self.finishes[self.at] = finish
+        self.waiting[self.lanes] = True
+        self.pc[self.lanes] = self.at + 1
+        return SPLIT
+
     def release(self) -> None:
         """Let the threads of each block go on that wait at a barrier."""
         assert self.kernel.code is not None
@@ -401,6 +446,7 @@ class Batch:
             if len(gone):
                 self.fail(Divergence, gone[0], "has exited while others of its warp wait at this barrier")
             self.waiting[mine] = False
+            self.finishes[self.at](alive)
             self.pass_barrier(mine)
 
     def pass_barrier(self, who: Array) -> None:
@@ -718,17 +764,347 @@ def _exit(d: Decoder) -> Callable[[Batch], int]:
     return lambda batch: EXITED
 
 
+@instruction(r"trap")
+def _trap(d: Decoder) -> Callable[[Batch], None]:
+    return lambda batch: batch.fail(PtxError, batch.lanes[0], "reaches a trap")
+
+
+@instruction(r"membar\.(?:cta|gl|sys)|fence(?:\.(?:sc|acq_rel))?\.(?:cta|gpu|sys)")
+def _fence(d: Decoder) -> Callable[[Batch], None]:
+    return lambda batch: None  # everything is visible at once here, and a fence alone orders no two threads
+
+
 @instruction(r"(?:bar|barrier)(?:\.cta)?\.sync(?:\.aligned)?")
 def _bar(d: Decoder) -> Callable[[Batch], int | None]:
     if len(d.operands) > 1:
         raise d.unsupported("a barrier for a part of the block is not modelled")
+    return lambda batch: batch.wait(lambda who: None)
 
-    def run(batch: Batch) -> int | None:
-        if batch.everyone:
-            batch.pass_barrier(batch.mask)
-            return None
-        batch.waiting[batch.lanes] = True
-        batch.pc[batch.lanes] = batch.at + 1
-        return SPLIT
+
+@instruction(r"(?:bar|barrier)(?:\.cta)?\.red(?:\.aligned)?\.(popc|and|or)\.(u32|pred)")
+def _bar_red(d: Decoder, name: str, kind: str) -> Callable[[Batch], int | None]:
+    if len(d.operands) > 3:
+        raise d.unsupported("a barrier for a part of the block is not modelled")
+    number, vote = d.register(d.operands[0]), d.read(d.operands[-1], "pred")
+    reduce = {"popc": np.add, "and": np.logical_and, "or": np.logical_or}[name].reduceat
+
+    def finish(batch: Batch, who: Array) -> None:
+        """`who` is all of some blocks, their threads in order."""
+        threads = np.flatnonzero(who)
+        firsts = np.flatnonzero(np.diff(batch.block_number[threads], prepend=-1))
+        votes = np.broadcast_to(vote(batch), batch.size)[threads].astype(u32)
+        counts = np.diff(firsts, append=len(threads))
+        batch.activate(who)
+        batch.set_active(number, np.repeat(reduce(votes, firsts), counts).astype(DTYPES[kind]))
+
+    return lambda batch: batch.wait(lambda who: finish(batch, who))
+
+
+# Warps: arrays are (warps, 32) here
+
+
+@instruction(r"bar\.warp\.sync|barrier\.warp\.sync")
+def _warp_sync(d: Decoder) -> Callable[[Batch], None]:
+    named = d.read(d.operands[0], "b32")
+
+    def run(batch: Batch) -> None:
+        batch.warps(needs=batch.alive())
+        missing = np.flatnonzero(~batch.named(named) & batch.alive() & batch.mask)
+        if len(missing):
+            batch.fail(Unsupported, missing[0], "waits for a part of its warp, which is not modelled")
+        batch.warp_syncs[batch.lanes] += 1
+        batch.stamps = watch.stamps(batch.thread, batch.warp_syncs, batch.barriers)
+
+    return run
+
+
+@instruction(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
+def _shfl(d: Decoder, mode: str) -> Callable[[Batch], None]:
+    targets = [d.register(name) for name in d.operands[0].split("|")]
+    value, b, c, named = (d.read(operand, "b32") for operand in d.operands[1:])
+    lane = np.arange(WARP)
+
+    def run(batch: Batch) -> None:
+        members = batch.members(named)
+        distance, limit = (np.broadcast_to(x(batch), batch.size).reshape(-1, WARP).astype(np.int64) for x in (b, c))
+        segment, clamp = limit >> 8 & 31, limit & 31
+        distance = distance & 31
+        last = lane & segment | clamp & ~segment
+        first = lane & segment
+        source = {"up": lane - distance, "down": lane + distance, "bfly": lane ^ distance, "idx": first | distance & ~segment}
+        chosen = source[mode]
+        inside = chosen >= last if mode == "up" else chosen <= last
+        chosen = np.where(inside, chosen, lane)
+        reachable = np.take_along_axis(members, chosen, axis=1)
+        lost = np.flatnonzero((batch.mask.reshape(-1, WARP) & ~reachable).ravel())
+        if len(lost):
+            batch.fail(Divergence, lost[0], f"reads from lane {chosen.ravel()[lost[0]]}, which takes no part in this shfl")
+        values = np.broadcast_to(value(batch), batch.size).reshape(-1, WARP)
+        batch.set(targets[0], np.take_along_axis(values, chosen, axis=1).ravel())
+        for target in targets[1:]:
+            batch.set(target, inside.ravel())
+
+    return run
+
+
+def one_bits(members: Array) -> Array:
+    """(warps, 32) booleans → (warps,) uint32, lane 0 the lowest bit."""
+    return np.packbits(members, axis=1, bitorder="little").view(u32)[:, 0]
+
+
+@instruction(r"vote\.sync\.(?:(all|any|uni)\.pred|(ballot)\.b32)")
+def _vote(d: Decoder, mode: str | None, ballot: str | None) -> Callable[[Batch], None]:
+    number, vote, named = d.register(d.operands[0]), d.read(d.operands[1], "pred"), d.read(d.operands[2], "b32")
+
+    def run(batch: Batch) -> None:
+        members = batch.members(named)
+        yes = np.broadcast_to(vote(batch), batch.size).reshape(-1, WARP)
+        everyone, anyone = (yes | ~members).all(axis=1), (yes & members).any(axis=1)
+        result = {"all": everyone, "any": anyone, "uni": everyone | ~anyone, None: one_bits(yes & members)}[mode]
+        batch.set(number, np.repeat(result, WARP))
+
+    return run
+
+
+@instruction(r"redux\.sync\.(add|min|max|and|or|xor)\.([bsu]32)")
+def _redux(d: Decoder, name: str, kind: str) -> Callable[[Batch], None]:
+    number, value, named = d.register(d.operands[0]), d.read(d.operands[1], kind), d.read(d.operands[2], "b32")
+    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+              "xor": np.bitwise_xor}[name].reduce  # fmt: skip
+    info = np.iinfo(DTYPES[kind])
+    neutral = {"min": info.max, "max": info.min, "and": DTYPES[kind](0) - DTYPES[kind](1)}.get(name, 0)
+
+    def run(batch: Batch) -> None:
+        members = batch.members(named)
+        values = np.broadcast_to(value(batch), batch.size).reshape(-1, WARP)
+        result = reduce(np.where(members, values, DTYPES[kind](neutral)), axis=1, dtype=DTYPES[kind])
+        batch.set(number, np.repeat(result, WARP))
+
+    return run
+
+
+@instruction(r"activemask\.b32")
+def _activemask(d: Decoder) -> Callable[[Batch], None]:
+    number = d.register(d.operands[0])
+    return lambda batch: batch.set(number, np.repeat(one_bits(batch.mask.reshape(-1, WARP)), WARP))
+
+
+@instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
+def _ldmatrix(d: Decoder, count: str, transposed: str | None) -> Callable[[Batch], None]:
+    numbers, addresses, matrices = d.registers(d.operands[0]), d.address(d.operands[1]), int(count)
+    if len(numbers) != matrices:
+        raise d.unsupported(f"{matrices} matrices need as many registers")
+
+    def run(batch: Batch) -> None:
+        warps = batch.warps()
+        giving = np.arange(len(batch.lanes)).reshape(-1, WARP)[:, : 8 * matrices].ravel()  # lane 8j + i: row i of matrix j
+        rows = np.empty((len(giving), 16), u8)
+        where, lanes = addresses(batch)[giving], batch.lanes[giving]
+        batch.check(watch.load(batch.spaces["shared"], where, lanes, batch.stamps, rows, 16), "shared", lanes, where, 16)
+        tiles = rows.view(u16).reshape(len(warps), matrices, 8, 8)
+        tiles = np.ascontiguousarray(tiles.swapaxes(2, 3) if transposed else tiles)
+        for j, number in enumerate(numbers):  # lane 4g + t gets elements 2t and 2t + 1 of row g
+            if number is not None:
+                batch.set_active(number, np.ascontiguousarray(tiles[:, j]).view(u32).ravel())
+
+    return run
+
+
+CHUNK = r"(?:\.L2::(?:64|128|256)B)?"
+
+
+@instruction(rf"cp\.async\.(ca|cg)\.shared(?:::cta)?\.global{CHUNK}")
+def _cp_async(d: Decoder, cache: str) -> Callable[[Batch], None]:
+    to, source, width = d.address(d.operands[0]), d.address(d.operands[1]), int(d.operands[2])
+    if width not in ((16,) if cache == "cg" else (4, 8, 16)):
+        raise d.unsupported(f"{width} bytes")
+    limit = d.operands[3] if len(d.operands) > 3 else str(width)
+    found = d.find(limit.removeprefix("!"))
+    ignores = found is not None and found[1] == "pred"
+    value = d.read(limit, "pred" if ignores else "u32")
+
+    def run(batch: Batch) -> None:
+        sizes = batch.active(value(batch))
+        sizes = np.where(sizes, 0, width) if ignores else sizes
+        data, origin = np.zeros((len(batch.lanes), width), u8), source(batch)
+        if (sizes > width).any():
+            batch.fail(BadAccess, batch.lanes[sizes.argmax()], f"copies {sizes.max()} bytes into {width}")
+        for size in np.unique(sizes[sizes > 0]):  # what is not copied becomes zero
+            chosen = np.flatnonzero(sizes == size)
+            part, lanes, where = np.empty((len(chosen), int(size)), u8), batch.lanes[chosen], origin[chosen]
+            found = watch.load(batch.spaces["global"], where, lanes, batch.now("global"), part, width)
+            batch.check(found, "global", lanes, where, int(size))
+            data[chosen, : int(size)] = part
+        where = to(batch)
+        found = watch.start_copies(batch.spaces["shared"], where, batch.lanes, batch.stamps, data, width)
+        batch.check(found, "shared", batch.lanes, where, width)
+        batch.copies.append(Copies(batch.lanes, where, batch.groups[batch.lanes], width))
+
+    return run
+
+
+class Copies(NamedTuple):
+    """cp.async of some threads that are in flight."""
+
+    lanes: Array
+    addresses: Array  # in shared memory
+    groups: Array  # number of its thread's group
+    width: int
+
+
+@instruction(r"cp\.async\.commit_group")
+def _commit(d: Decoder) -> Callable[[Batch], None]:
+    def run(batch: Batch) -> None:
+        batch.groups[batch.lanes] += 1
+
+    return run
+
+
+@instruction(r"cp\.async\.wait_(?:group|(all))")
+def _wait(d: Decoder, everything: str | None) -> Callable[[Batch], None]:
+    pending = -1 if everything else int(d.operands[0])  # so many of the last groups may still be in flight
+
+    def run(batch: Batch) -> None:
+        done = np.where(batch.mask, batch.groups - pending, 0)
+        still = []
+        for copies in batch.copies:
+            landed = copies.groups < done[copies.lanes]
+            lanes, where = copies.lanes[landed], copies.addresses[landed]
+            watch.land(batch.spaces["shared"], where, lanes, batch.stamps, copies.width)
+            rest = ~landed
+            if rest.any():
+                still.append(Copies(copies.lanes[rest], copies.addresses[rest], copies.groups[rest], copies.width))
+        batch.copies = still
+
+    return run
+
+
+@instruction(rf"(atom|red){ORDER}{SPACE}\.(add|min|max|and|or|xor|exch|cas)\.([bsu](?:32|64))")
+def _atom(d: Decoder, result: str, space: str | None, name: str, kind: str) -> Callable[[Batch], None]:
+    """One thread after the other, in order of their numbers; the hardware may choose any order."""
+    operands = list(d.operands)
+    number = d.registers(operands.pop(0))[0] if result == "atom" else None
+    addresses, sources = d.address(operands[0]), [d.read(operand, kind) for operand in operands[1:]]
+    dtype = np.dtype(DTYPES[kind])
+    update: dict[str, Callable] = {
+        "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+        "xor": np.bitwise_xor, "exch": lambda old, new: new, "cas": lambda old, compare, new: new if old == compare else old
+    }  # fmt: skip
+
+    def run(batch: Batch) -> None:
+        where, values = addresses(batch), [batch.active(source(batch)) for source in sources]
+        before = np.empty(len(where), dtype)
+        for name_of, chosen in accesses(batch, space, where):
+            own, lanes, memory = where[chosen] - (0 if space else WINDOWS[name_of]), batch.lanes[chosen], batch.spaces[name_of]
+            places = np.empty(len(own), np.int64)
+            found = watch.reserve(memory, own, lanes, batch.now(name_of), places, dtype.itemsize)
+            batch.check(found, name_of, lanes, own, dtype.itemsize)
+            cells = memory.data.view(dtype)
+            for i, place in zip(chosen, places // dtype.itemsize):
+                before[i] = cells[place]
+                cells[place] = update[name](before[i], *(value[i] for value in values))
+        if number is not None:
+            batch.set_active(number, before)
+
+    return run
+
+
+# Tensor cores. Fragments (PTX ISA, Matrix Fragments for mma): lane 4g + t holds row or column g, and along K the
+# t-th piece of every eighth or half
+
+
+def rows_of_a(registers: list[Array]) -> Array:
+    """Four registers over (warps, 8, 4) lanes, cut into pieces (…, 8, 4, pieces) → (warps, 16, K)."""
+    parts = np.stack(registers, axis=1)  # (warps, r, g, t, pieces); r & 1: lower rows, r >> 1: upper half of K
+    w, _, g, t, pieces = parts.shape
+    return np.ascontiguousarray(parts.reshape(w, 2, 2, g, t, pieces).transpose(0, 2, 3, 1, 4, 5)).reshape(w, 16, -1)
+
+
+def rows_of_b(registers: list[Array]) -> Array:
+    parts = np.stack(registers, axis=1)
+    return np.ascontiguousarray(parts.transpose(0, 2, 1, 3, 4)).reshape(len(parts), 8, -1)
+
+
+def matrix_of_c(registers: list[Array]) -> Array:
+    parts = np.stack(registers, axis=-1)  # (warps, g, t, e); e & 1: next column, e >> 1: lower rows
+    w = len(parts)
+    return np.ascontiguousarray(parts.reshape(w, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4)).reshape(w, 16, 8)
+
+
+def registers_of_c(matrix: Array) -> list[Array]:
+    parts = matrix.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3)
+    return [np.ascontiguousarray(parts[e >> 1, e & 1]).ravel() for e in range(4)]
+
+
+def halves_in(registers: Array) -> Array:
+    return registers.view(np.int16).reshape(*registers.shape, 2)
+
+
+def nibbles_in(registers: Array) -> Array:
+    return (registers[..., None] >> np.arange(0, 32, 4, dtype=u32) & u32(15)).astype(u8)
+
+
+class Mma:
+    """The operands that both kinds of mma have."""
+
+    def __init__(self, d: Decoder) -> None:
+        self.targets = [d.register(name.strip()) for name in d.operands[0].strip("{}").split(",")]
+        self.a, self.b, self.c = (d.reads(operand, "b32") for operand in d.operands[1:4])
+        if [len(x) for x in (self.targets, self.a, self.b, self.c)] != [4, 4, 2, 4]:
+            raise d.unsupported("D, A, B and C take 4, 4, 2 and 4 registers")
+
+    def lanes(self, batch: Batch, sources: list[Callable[[Batch], Array]]) -> list[Array]:
+        """Each operand over (warps, 8, 4) lanes."""
+        return [np.ascontiguousarray(batch.active(source(batch))).reshape(-1, 8, 4) for source in sources]
+
+    def finish(self, batch: Batch, d: Array) -> None:
+        for target, value in zip(self.targets, registers_of_c(d)):
+            batch.set_active(target, value)
+
+
+@instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
+def _mma_half(d: Decoder, kind: str) -> Callable[[Batch], None]:
+    mma, widths = Mma(d), FP16 if kind == "f16.f16" else BF16
+
+    def run(batch: Batch) -> None:
+        batch.warps()
+        a = rows_of_a([halves_in(x) for x in mma.lanes(batch, mma.a)])
+        b = rows_of_b([halves_in(x) for x in mma.lanes(batch, mma.b)])
+        c = matrix_of_c(mma.lanes(batch, mma.c)).view(f32)
+        bits = np.int16 if widths == FP16 else u16
+        mma.finish(batch, half_warps(a.view(bits), b.view(bits), c, widths))
+
+    return run
+
+
+SHAPE = r"(?:\.m16n8k64\.row\.col)?"
+KIND = r"\.kind::mxf4nvf4\.block_scale\.scale_vec::4X"
+
+
+@instruction(rf"mma\.sync\.aligned{SHAPE}{KIND}{SHAPE}\.f32\.e2m1\.e2m1\.f32\.ue4m3")
+def _mma_nvfp4(d: Decoder) -> Callable[[Batch], None]:
+    mma = Mma(d)
+    scales = [d.read(d.operands[i].strip("{} "), "b32") for i in (4, 6)]
+    selectors = [d.reads(d.operands[i], "u16") for i in (5, 7)]
+
+    def chosen(batch: Batch, i: int) -> int:
+        """The thread of each quad, or pair of threads for A, that gives scales."""
+        byte, thread = (np.unique(batch.active(x(batch))) for x in selectors[i])
+        threads = range(2) if i == 0 else range(4)
+        if list(byte) != [0] or len(thread) != 1 or thread[0] not in threads:
+            why = f"selects byte {byte} and thread {thread} of scales; with 4X that is byte 0 and one of {threads}"
+            batch.fail(PtxError, batch.lanes[0], why)
+        return int(thread[0])
+
+    def run(batch: Batch) -> None:
+        batch.warps()
+        a = rows_of_a([nibbles_in(x) for x in mma.lanes(batch, mma.a)])
+        b = rows_of_b([nibbles_in(x) for x in mma.lanes(batch, mma.b)])
+        c = matrix_of_c(mma.lanes(batch, mma.c)).view(f32)
+        of_a, of_b = mma.lanes(batch, scales)
+        pair, thread = 2 * chosen(batch, 0), chosen(batch, 1)
+        sfa = np.concatenate([of_a[:, :, pair], of_a[:, :, pair + 1]], axis=1)  # rows 0–7 and 8–15
+        sfb = np.ascontiguousarray(of_b[:, :, thread])
+        mma.finish(batch, nvfp4_warps(a, b, *(x.view(u8).reshape(len(x), -1, 4) for x in (sfa, sfb)), c))
 
     return run

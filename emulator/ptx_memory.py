@@ -144,6 +144,21 @@ def store(
 
 
 @kernel
+def reserve(
+    space: Space, addresses: Indices, threads: Indices, now: Stamps, places: Indices, width: int
+) -> tuple[int, int, int]:
+    """Check what atomic operations will touch, and find the indices of their first bytes."""
+    for i in range(len(threads)):
+        finding, places[i] = located(space, addresses[i], threads[i], width, width)
+        for b in range(width):
+            if finding == FINE:
+                finding = checked(space, places[i] + b, now[threads[i]], ATOMIC, 0)
+            if finding != FINE:
+                return finding, i, b
+    return FINE, 0, 0
+
+
+@kernel
 def start_copies(
     space: Space, addresses: Indices, threads: Indices, now: Stamps, values: Bytes, alignment: int
 ) -> tuple[int, int, int]:
