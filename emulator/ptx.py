@@ -872,7 +872,7 @@ def _redux(d: Decoder, name: str, kind: str) -> Callable[[Batch], None]:
     reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
               "xor": np.bitwise_xor}[name].reduce  # fmt: skip
     info = np.iinfo(DTYPES[kind])
-    neutral = {"min": info.max, "max": info.min, "and": DTYPES[kind](0) - DTYPES[kind](1)}.get(name, 0)
+    neutral = {"min": info.max, "max": info.min, "and": -1 if info.min else info.max}.get(name, 0)
 
     def run(batch: Batch) -> None:
         members = batch.members(named)

@@ -302,32 +302,49 @@ def sum_rounded_to_odd(a: Array, b: Array) -> Array:
     return np.where((error != 0) & np.isfinite(s), toward_zero | 1, bits).view(f64)
 
 
+def rounded_sum(a: Array, b: Array, kind: str, rounding: str) -> Array:
+    exact = sum_rounded_to_odd(a, b)
+    if rounding == "rm":  # a zero that cancels, or of different signs, is −0 in this direction only
+        exact = np.where((exact == 0) & (np.signbit(a) | np.signbit(b)), -0.0, exact)
+    return narrow(exact, kind, rounding)
+
+
 def widen(x: Array, kind: str) -> Array:
     """As float64, which has every value of the shorter formats."""
     return (x.astype(u32) << u32(16)).view(f32).astype(f64) if kind.startswith("bf16") else x.astype(f64)
 
 
 def narrow(x: Array, kind: str, rounding: str) -> Array:
-    """float64 → f32, f16 or bf16 (as bits), to nearest even or toward zero; NaN to the one of this format."""
+    """float64 → f32, f16 or bf16 (as bits), NaN to the one of this format. `rounding`: rn to nearest even, rz
+    toward zero, rm down, rp up."""
     if kind.startswith("bf16"):
-        bits = truncated(x, f32).view(u32) | (truncated(x, f32) != x)
-        half = bits >> u32(16) if rounding == "rz" else (bits + u32(0x7FFF) + (bits >> u32(16) & u32(1))) >> u32(16)
-        return np.where(np.isnan(x), NAN16, half.astype(u16))
-    if kind == "f64":
-        return x
-    dtype = DTYPES[kind]
-    return with_one_nan(truncated(x, dtype) if rounding == "rz" else x.astype(dtype))
+        return bf16_bits(x, rounding)
+    return with_one_nan(directed(x, DTYPES[kind], rounding))
 
 
-def truncated(x: Array, dtype: Any) -> Array:
+def directed(x: Array, dtype: Any, rounding: str) -> Array:
     nearest = x.astype(dtype)
-    return np.where(np.abs(nearest.astype(f64)) > np.abs(x), np.nextafter(nearest, dtype(0)), nearest)
+    if rounding == "rn":
+        return nearest
+    back = nearest.astype(f64)
+    beyond = {"rz": np.abs(back) > np.abs(x), "rm": back > x, "rp": back < x}[rounding]
+    towards = dtype({"rz": 0, "rm": -np.inf, "rp": np.inf}[rounding])
+    return np.where(beyond, np.nextafter(nearest, towards), nearest)
+
+
+def bf16_bits(x: Array, rounding: str) -> Array:
+    """Toward zero to float32, its last bit odd if some were cut off, and from there to the upper half."""
+    toward_zero = directed(x, f32, "rz")
+    bits = toward_zero.view(u32) | (toward_zero != x)
+    if rounding == "rn":
+        bits = bits + u32(0x7FFF) + (bits >> u32(16) & u32(1))
+    return np.where(np.isnan(x), NAN16, (bits >> u32(16)).astype(u16))
 
 
 def with_one_nan(x: Array) -> Array:
     """x, a new array, its NaNs in place those that the hardware returns."""
     is_nan = x != x
-    if is_nan.any() and x.dtype != f64:
+    if x.dtype != f64 and is_nan.any():
         x.view(u32 if x.dtype == f32 else u16)[is_nan] = NAN if x.dtype == f32 else NAN16
     return x
 
@@ -348,30 +365,39 @@ def _root(name: str, _: str, kind: str) -> Operation:
     return Operation(lambda a: with_one_nan(function(a)), kind, (kind,))
 
 
-@rule(r"(add|sub|mul|div)\.(rz)\.(f32)")
-@rule(r"(add|sub|mul)(?:\.(rn))?\.(f16|f16x2|bf16|bf16x2)")
-def _exact(name: str, rounding: str | None, kind: str) -> Operation:
-    """In float64, where products of two are exact and quotients cannot round to a shorter number."""
-
+@rule(r"(add|sub)\.(rz|rm|rp)\.(f32)")
+@rule(r"(add|sub)(?:\.(rn))?\.(f16|f16x2|bf16|bf16x2)")
+def _sum(name: str, rounding: str | None, kind: str) -> Operation:
     def compute(a: Array, b: Array) -> Array:
         a, b = widen(a, kind), widen(b, kind)
-        exact = sum_rounded_to_odd(a, b if name == "add" else -b) if name in ("add", "sub") else FLOAT[name](a, b)
-        return narrow(exact, kind, rounding or "rn")
+        return rounded_sum(a, b if name == "add" else -b, kind, rounding or "rn")
 
     return Operation(compute, kind, (kind, kind))
 
 
-@rule(r"(sqrt|rcp)\.rz\.f32")
-def _root_toward_zero(name: str) -> Operation:
+@rule(r"(mul|div)\.(rz|rm|rp)\.(f32)")
+@rule(r"(mul)(?:\.(rn))?\.(f16|f16x2|bf16|bf16x2)")
+def _product(name: str, rounding: str | None, kind: str) -> Operation:
+    """In float64 products are exact, and quotients never round to a shorter number that they are not."""
+    function = FLOAT[name]
+
+    def compute(a: Array, b: Array) -> Array:
+        return narrow(function(widen(a, kind), widen(b, kind)), kind, rounding or "rn")
+
+    return Operation(compute, kind, (kind, kind))
+
+
+@rule(r"(sqrt|rcp)\.(rz|rm|rp)\.f32")
+def _root_directed(name: str, rounding: str) -> Operation:
     function = np.sqrt if name == "sqrt" else np.reciprocal
-    return Operation(lambda a: narrow(function(a.astype(f64)), "f32", "rz"), "f32", ("f32",))
+    return Operation(lambda a: narrow(function(a.astype(f64)), "f32", rounding), "f32", ("f32",))
 
 
-@rule(r"fma\.(rn|rz)\.(f32)")
+@rule(r"fma\.(rn|rz|rm|rp)\.(f32)")
 @rule(r"fma\.(rn)\.(f16|f16x2|bf16|bf16x2)")
 def _fma(rounding: str, kind: str) -> Operation:
     def compute(a: Array, b: Array, c: Array) -> Array:
-        return narrow(sum_rounded_to_odd(widen(a, kind) * widen(b, kind), widen(c, kind)), kind, rounding)
+        return rounded_sum(widen(a, kind) * widen(b, kind), widen(c, kind), kind, rounding)
 
     return Operation(compute, kind, (kind,) * 3)
 
@@ -423,12 +449,16 @@ def _cvt_integer(saturate: str | None, to: str, kind: str) -> Operation:
     return Operation(convert, to, (kind,))
 
 
-@rule(r"cvt\.(rn|rz)\.(f16|f32|f64)\.([su](?:8|16|32))")
-@rule(r"cvt\.(rn)\.(f32|f64)\.([su]64)")
+@rule(r"cvt\.(rn|rz|rm|rp)\.(f16|f32)\.([su](?:8|16|32|64))")
+@rule(r"cvt\.(rn)\.(f64)\.([su](?:8|16|32|64))")
 def _cvt_to_float(rounding: str, to: str, kind: str) -> Operation:
-    if kind.endswith("64"):
-        return Operation(lambda a: a.astype(DTYPES[to]), to, (kind,))
-    return Operation(lambda a: narrow(a.astype(f64), to, rounding), to, (kind,))
+    def convert(a: Array) -> Array:
+        if kind.endswith("64") and to != "f64":  # the sum of two numbers that float64 has
+            upper, lower = (a >> a.dtype.type(32)).astype(f64), a & a.dtype.type(0xFFFFFFFF)
+            return narrow(sum_rounded_to_odd(upper * 2.0**32, lower.astype(f64)), to, rounding)
+        return narrow(a.astype(f64), to, rounding)
+
+    return Operation(convert, to, (kind,))
 
 
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -463,7 +493,8 @@ def _cvt_longer(to: str, kind: str) -> Operation:
     return Operation(lambda a: narrow(widen(a, kind), to, "rn"), to, (kind,))
 
 
-@rule(r"cvt\.(rn|rz)\.(f16|bf16|f32)\.(f32|f64)")
+@rule(r"cvt\.(rn|rz|rm|rp)\.(f16|f32)\.(f32|f64)")
+@rule(r"cvt\.(rn|rz)\.(bf16)\.(f32)")
 def _cvt_shorter(rounding: str, to: str, kind: str) -> Operation:
     return Operation(lambda a: narrow(a.astype(f64), to, rounding), to, (kind,))
 
