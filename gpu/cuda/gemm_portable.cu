@@ -165,6 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     store<MT, NT, TILE_N>(y, acc, warp_m, warp_n, m, n, __fmul_rn(*a_tensor_scale, *b_tensor_scale));
 }
 
+#ifndef NATIVE // where the hardware has the instruction, gemm_native is exact
 constexpr int LEAST_EXPONENT = 1 - E4M3::bias;               // of a scale
 constexpr int GROUP_UNIT = 2 * (1 + E4M3::mantissa_bits);    // a group is a multiple of 2^(exponent − 8)
 constexpr int FRACTION_BITS = 35;                            // kept below the largest exponent
@@ -214,9 +215,10 @@ __device__ inline long long shifted(long long x, int left) {
 }
 
 // The step as it is defined, in integers: emulator/tensor_core.py: nvfp4_in_integers. `dots`: the four P times
-// 2^-28, `products`: Σ |e2m1·e2m1|, zero if no product is nonzero. C is a number or NaN: it cannot get infinite.
-__device__ inline float add_step(float c, const float (&dots)[4], const float (&products)[4],
-                                 const float (&scales_a)[4], const float (&scales_b)[4]) {
+// 2^-28, `occupied`: bit g if group g has a product that is not zero. C is a number or NaN, never infinite: a
+// chain that starts at zero has no such sum.
+__device__ inline float add_step(float c, const float (&dots)[4], u32 occupied, const float (&scales_a)[4],
+                                 const float (&scales_b)[4]) {
     long long terms[4], total;
     int exponents[4], c_bits = __float_as_uint(c) & MAGNITUDE, c_exponent = max(c_bits >> MANTISSA, 1) - BIAS;
     bool nan = c != c;
@@ -228,7 +230,7 @@ __device__ inline float add_step(float c, const float (&dots)[4], const float (&
         int ea = scale_exponent(sa), eb = scale_exponent(sb);
         int quarters = (int)__fmul_rn(dots[g], Range::exp2_of(2 * HALF_DENORM + 2));
         terms[g] = quarters * (scale_significand(sa, ea) * scale_significand(sb, eb));
-        exponents[g] = products[g] != 0 && sa != 0 && sb != 0 ? ea + eb : ZERO_EXPONENT;
+        exponents[g] = (occupied >> g & 1) && sa != 0 && sb != 0 ? ea + eb : ZERO_EXPONENT;
         top = max(top, exponents[g]);
     }
     if (nan) return __uint_as_float(NAN_BITS);
@@ -288,6 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
 #pragma unroll
             for (int j = 0; j < NT; j++) {
+                __syncwarp(); // or ptxas loads for later columns here, more than registers hold
                 u32 fb[EXACT_GROUPS / 2][4]; // of groups 0 and 1, then 2 and 3
 #pragma unroll
                 for (int pair = 0; pair < EXACT_GROUPS / 2; pair++) {
@@ -335,7 +338,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int e = 0; e < 4; e++) first[e] = acc[0][e];
                 if (undone >> tile & 1) {
                     int row = warp_m + tile % MT * 16, column = TILE_M + warp_n + tile / MT * 8;
-                    float dots[4][4], products[4][4]; // of output e, group
+                    float dots[4][4]; // of output e, group
+                    u32 occupied = 0; // bit 4e + group: a product is not zero
 #pragma unroll
                     for (int group = 0; group < EXACT_GROUPS; group++) {
                         u32 fa[4], fb[2];
@@ -348,14 +352,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         for (int e = 0; e < 4; e++) dots[e][group] = dot[e], fa[e] &= ~SIGNS;
                         mma_f16(dot, fa, fb[0] & ~SIGNS, fb[1] & ~SIGNS, NONE);
 #pragma unroll
-                        for (int e = 0; e < 4; e++) products[e][group] = dot[e];
+                        for (int e = 0; e < 4; e++) occupied |= dot[e] != 0 ? 1u << (4 * e + group) : 0;
                     }
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         float4 of_row = scales[row + g + 8 * (e >> 1)], of_column = scales[column + 2 * t + (e & 1)];
                         const float sa[4] = {of_row.x, of_row.y, of_row.z, of_row.w};
                         const float sb[4] = {of_column.x, of_column.y, of_column.z, of_column.w};
-                        first[e] = add_step(first[e], dots[e], products[e], sa, sb);
+                        first[e] = add_step(first[e], dots[e], occupied >> 4 * e, sa, sb);
                     }
                 }
 #pragma unroll
@@ -376,3 +380,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int e = 0; e < 4; e++) tiles[i][j][e] = acc[i + MT * j][e];
     store<MT, NT, TILE_N>(y, tiles, warp_m, warp_n, m, n, scale);
 }
+#endif
