@@ -1,7 +1,7 @@
 """The face of arcquant_ref on NVIDIA GPUs: kernels of our own, compiled by NVRTC, launched through CuPy.
 
-`gpu.quantize`, `gpu.matmul`, … take and give NumPy as in the other packages; on arrays that already are on the
-GPU see `gpu.arrays`. Importing works anywhere; `gpu.why_not()` says in one sentence why it cannot be used.
+`gpu.quantize`, `gpu.matmul`, … take and give NumPy as in the other packages; for arrays that are on the GPU
+already see `gpu.arrays`. Importing works anywhere; `gpu.why_not()` says in one sentence what is missing.
 """
 
 from functools import cache

@@ -93,9 +93,7 @@ class Cuda:
             self._modules[source].load(made.cubin)
         function = self._modules[source].get_function(kernel)
         most = self.shared_bytes - made.kernels[kernel].shared_bytes
-        driver.funcSetAttribute(
-            function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most
-        )
+        driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
         self._functions[kernel] = function
         return function
 
@@ -103,15 +101,17 @@ class Cuda:
         return Array(owner.data.ptr, tuple(shape), dtype, owner)
 
 
+# Most shared memory of a block: CUDA programming guide, technical specifications per compute capability
+SHARED_KIB = {"80": 163, "90a": 227, "120a": 99, "121a": 99}
+
+
 class Interpreted:
     """No GPU at all: emulator.ptx runs the PTX, and stops at what a sanitizer would report."""
-
-    SHARED_BYTES = {"80": 163, "90a": 227, "120a": 99, "121a": 99}  # KiB; CUDA programming guide, table 30
 
     def __init__(self, arch: str) -> None:
         from emulator import ptx
 
-        self.arch, self.shared_bytes = arch, self.SHARED_BYTES[arch] * 1024
+        self.arch, self.shared_bytes = arch, SHARED_KIB[arch] * 1024
         self._ptx, self._memory = ptx, ptx.Memory()
         self._modules: dict[str, Any] = {}
 

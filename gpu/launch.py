@@ -59,9 +59,7 @@ def tensor_scale(device: Device, x: Array) -> tuple[Array, Array]:
     amax, scale = _start(device, 0), device.empty((1,), "float32")
     blocks = prod(x.shape) // BLOCK
     grid = min(-(-blocks // THREADS), AMAX_BLOCKS)
-    device.launch(
-        "convert", f"amax_{_input(x)}", (grid, 1, 1), THREADS, [x, np.int64(blocks), amax]
-    )
+    device.launch("convert", f"amax_{_input(x)}", (grid, 1, 1), THREADS, [x, np.int64(blocks), amax])
     device.launch("convert", "tensor_scale", (1, 1, 1), 1, [amax, scale])
     return scale, amax
 
@@ -102,9 +100,7 @@ def unpack(device: Device, q: PackedTensor) -> tuple[Array, Array]:
     rows, k = q.shape
     codes, block_scales = device.empty((rows, k), "uint8"), device.empty((rows, k // BLOCK), "uint8")
     threads, grid = _by_blocks(rows, k // BLOCK)
-    device.launch(
-        "quantize", "unpack", grid, threads, [q.codes, q.scales, np.int32(k), codes, block_scales]
-    )
+    device.launch("quantize", "unpack", grid, threads, [q.codes, q.scales, np.int32(k), codes, block_scales])
     return codes, block_scales
 
 
@@ -121,7 +117,13 @@ def augment_weights(device: Device, w: Array, order: Array, num_residual: int) -
 
 
 def rmsnorm_augment_activations(
-    device: Device, x: Array, weight: Array, epsilon: np.float32, order: Array, num_residual: int, scale: Array
+    device: Device,
+    x: Array,
+    weight: Array,
+    epsilon: np.float32,
+    order: Array,
+    num_residual: int,
+    scale: Array,
 ) -> tuple[PackedTensor, Array]:
     """RMSNorm, then `augment_activations` with a static tensor scale, in one pass; and (1,) uint32, the
     first row with a number that is not finite, the number of rows if there is none."""
@@ -161,23 +163,23 @@ def _launch_rows(
     limit = device.shared_bytes - THREADS * ITEMSIZE["float32"]
     if shared_bytes > limit:
         raise ValueError(
-            f"x has K={x.shape[1]}: a row takes {shared_bytes} bytes of shared memory and a block of this GPU has "
-            f"{limit}. Quantize the columns in parts, or pass a narrower dtype than {x.dtype}."
+            f"x has K={x.shape[1]}: a row takes {shared_bytes} bytes of shared memory, a block of this GPU "
+            f"has {limit}. Quantize the columns in parts, or pass a narrower dtype than {x.dtype}."
         )
     grid = _filled(x.shape[0], TILE_ROWS), 1, 1
     device.launch("augment", f"{operation}_{_input(x)}", grid, threads, args, shared_bytes)
 
 
 def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True) -> Array:
-    """a bᵀ, (M, K) and (N, K) → (M, N) float32. `exact`: the bits of an RTX Blackwell GPU, which there come
-    from its own NVFP4 instruction and elsewhere from fp16 ones; otherwise fp16 products (see `Face.matmul`)."""
+    """a bᵀ, (M, K) and (N, K) → (M, N) float32. `exact`: the bits of an RTX Blackwell GPU, there from its own
+    instruction and elsewhere from fp16 ones; otherwise the products of fp16 numbers (see `Face.matmul`)."""
     (m, k), (n, other) = a.shape, b.shape
     if k != other:
         raise ValueError(f"a has K={k} and b has K={other}; a product needs one K.")
     y = device.empty((m, n), "float32")
     plan = product(device.arch, m, exact)
-    grid = (-(-m // plan.tile_m), -(-n // plan.tile_n), 1)
-    args = [a.codes, a.scales, a.tensor_scale, b.codes, b.scales, b.tensor_scale]
+    grid = (-(-m // plan.tile_m), -(-_filled(n, TILE_ROWS) // plan.tile_n), 1)
+    args: list[Any] = [a.codes, a.scales, a.tensor_scale, b.codes, b.scales, b.tensor_scale]
     args += [np.int32(m), np.int32(n), np.int32(k), y]
     device.launch(plan.source, plan.kernel, grid, plan.threads, args, plan.shared_bytes)
     return y
@@ -259,7 +261,9 @@ def _input(x: Array) -> str:
 def _matrix(name: str, x: Array) -> tuple[int, int]:
     _input(x)
     if len(x.shape) != 2 or 0 in x.shape or x.shape[1] % BLOCK or max(x.shape) > LARGEST_DIMENSION:
-        raise ValueError(f"{name} has shape {x.shape}; it must be (rows, K), not empty, K a multiple of {BLOCK}.")
+        raise ValueError(
+            f"{name} has shape {x.shape}; it must be (rows, K), not empty, K a multiple of {BLOCK}."
+        )
     if x.address % 16:
         raise ValueError(f"{name} lies at address {x.address:#x}; kernels read 16 bytes at a time. Copy it.")
     rows, k = x.shape

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel: registers a thread, static shared bytes a block, and bytes that did not fit registers."""
+    """Of one kernel: registers a thread, static shared bytes a block, bytes that did not fit registers."""
 
     registers: int
     shared_bytes: int
@@ -73,19 +73,19 @@ def compiled(name: str, arch: str) -> Compiled:
     return _compiled(name, arch, os.environ.get("ARCQUANT_GPU_CACHE", ""), _sources())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(name: str, arch: str, folder: str, sources: tuple[tuple[str, str], ...]) -> Compiled:
     return compile_text(name, dict(sources), arch, Path(folder) if folder else _home())
 
 
-def compile_text(name: str, sources: dict[str, str], arch: str, cache: Path) -> Compiled:
-    """The same for sources given as {file name: text}; `{name}.cu` is compiled, the others are its headers."""
+def compile_text(name: str, sources: dict[str, str], arch: str, folder: Path) -> Compiled:
+    """The same for sources given as {file name: text}; `{name}.cu` is compiled, *.cuh are its headers."""
     compiler, version = nvrtc()
     options = [f"-arch=sm_{arch}", *OPTIONS, *_defines(arch)]
     text = sources[f"{name}.cu"]
     headers = {file: body for file, body in sorted(sources.items()) if file.endswith(".cuh")}
     key = sha256(repr((name, text, headers, options, version)).encode()).hexdigest()[:32]
-    kept = [cache / f"{name}.{arch}.{key}.{kind}" for kind in ("ptx", "cubin", "log")]
+    kept = [folder / f"{name}.{arch}.{key}.{kind}" for kind in ("ptx", "cubin", "log")]
     with suppress(OSError):
         ptx, cubin, log = (path.read_bytes() for path in kept)
         return Compiled(name, arch, ptx.decode(), cubin, log.decode())
@@ -94,7 +94,9 @@ def compile_text(name: str, sources: dict[str, str], arch: str, cache: Path) -> 
     try:
         compiler.compileProgram(program, options)
         ptx_text = compiler.getPTX(program).decode()
-        made = Compiled(name, arch, ptx_text, _whole(compiler.getCUBIN(program)), compiler.getProgramLog(program))
+        made = Compiled(
+            name, arch, ptx_text, _whole(compiler.getCUBIN(program)), compiler.getProgramLog(program)
+        )
     except compiler.NVRTCError as error:
         log_text = compiler.getProgramLog(program)
         raise RuntimeError(f"{name}.cu does not compile for sm_{arch}:\n{log_text}") from error
@@ -115,7 +117,9 @@ def nvrtc() -> tuple[Any, tuple[int, int]]:
     try:
         return compiler, compiler.getVersion()
     except Exception as error:  # CuPy looks for the library at the first call
-        raise ImportError(f"NVRTC, the CUDA compiler, is missing ({_first_line(error)}); {INSTALL} brings it")
+        raise ImportError(
+            f"NVRTC, the CUDA compiler, is missing ({_first_line(error)}); {INSTALL} brings it"
+        ) from error
 
 
 def why_not() -> str | None:
