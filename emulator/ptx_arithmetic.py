@@ -1,8 +1,8 @@
 """PTX instructions that compute one result from their operands, thread by thread: opcode → NumPy function.
 
 A rule is a pattern that an opcode must match as a whole, so that a modifier nobody thought of is unknown here
-and not ignored. Functions get arrays over all threads, of the NumPy type that belongs to the PTX type; those of
-f16x2 and bf16x2 have a second axis of two. Source: PTX ISA 9, chapter Instruction Set, section by section.
+and not ignored. Functions get arrays over all threads, of the NumPy type that belongs to the PTX type; f16x2
+and bf16x2 have a second axis of two. Source: PTX ISA 9, chapter Instruction Set.
 """
 
 import re
@@ -12,8 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import MAGNITUDE, NAN, f32, f64, u8, u32
-from .formats import decode_e2m1_flat, decode_e4m3_flat, encode_e2m1_flat, encode_e4m3_flat
+from .formats import (
+    MAGNITUDE,
+    NAN,
+    decode_e2m1_flat,
+    decode_e4m3_flat,
+    encode_e2m1_flat,
+    encode_e4m3_flat,
+    f32,
+    f64,
+    u8,
+    u32,
+)
 
 Array = NDArray[Any]
 f16, u16, u64, i64 = np.float16, np.uint16, np.uint64, np.int64
@@ -26,7 +36,11 @@ NAN16 = u16(0x7FFF)  # the NaN that f16 and bf16 instructions return
 
 
 def bits_in_type(kind: str) -> int:
-    return DTYPES[kind.removesuffix("x2")]().itemsize * 8 * (2 if kind.endswith("x2") else 1) if kind != "pred" else 1
+    return (
+        DTYPES[kind.removesuffix("x2")]().itemsize * 8 * (2 if kind.endswith("x2") else 1)
+        if kind != "pred"
+        else 1
+    )
 
 
 class Operation(NamedTuple):
@@ -170,7 +184,8 @@ def _lop3() -> Operation:
 @rule(r"prmt\.b32")
 def _permute() -> Operation:
     def permute(a: Array, b: Array, selectors: Array) -> Array:
-        both, result = b.astype(u64) << u64(32) | a, u64(0)
+        both: Array = b.astype(u64) << u64(32) | a
+        result: Array = np.zeros(1, u64)
         for i in range(4):
             chosen = (selectors >> u32(4 * i)).astype(u64)
             byte = both >> u64(8) * (chosen & u64(7)) & u64(0xFF)
@@ -252,8 +267,13 @@ def unordered(a: Array, b: Array) -> Array:
 
 
 COMPARE: dict[str, Callable] = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal
-}  # fmt: skip
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 UNSIGNED_COMPARE = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"} | {name: name for name in COMPARE}
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
@@ -276,16 +296,19 @@ def _setp_nan(name: str, combine: str | None, kind: str) -> Operation:
     return combined(unordered if name == "nan" else lambda a, b: ~unordered(a, b), combine, kind)
 
 
-def combined(compare: Callable, combine: str | None, kind: str) -> Operation:
+def combined(compare: Callable[..., Array], combine: str | None, kind: str) -> Operation:
     if combine is None:
         return Operation(compare, "pred", (kind, kind))
-    join = COMBINE[combine]
+    join: Any = COMBINE[combine]
     return Operation(lambda a, b, p: join(compare(a, b), p), "pred", (kind, kind, "pred"))
 
 
 @rule(r"selp\.([bsuf](?:16|32|64))")
 def _select(kind: str) -> Operation:
-    return Operation(lambda a, b, p: np.where(p, a, b), kind, (kind, kind, "pred"))
+    def select(a: Array, b: Array, p: Array) -> Array:
+        return np.where(p, a, b)
+
+    return Operation(select, kind, (kind, kind, "pred"))
 
 
 # Floating point: every result is the exact one, rounded once
@@ -293,7 +316,7 @@ def _select(kind: str) -> Operation:
 
 def sum_rounded_to_odd(a: Array, b: Array) -> Array:
     """float64 a + b; the last bit is odd if some were cut off (the error comes from Knuth's TwoSum), so that
-    rounding it again, to any shorter format and in any direction, rounds the exact sum (Boldo and Melquiond 2008)."""
+    rounding it to any shorter format, in any direction, rounds the exact sum (Boldo and Melquiond 2008)."""
     s = a + b
     t = s - a
     error = (a - (s - t)) + (b - t)
@@ -476,7 +499,11 @@ def _cvt_to_integer(rounding: str, to: str, kind: str) -> Operation:
         whole = ROUND[rounding](a.astype(f64))
         inside = (whole >= limits.min) & (whole < top)
         outside = np.where(whole < 0, dtype(limits.min), dtype(limits.max))
-        return np.where(np.isnan(whole), dtype(nan), np.where(inside, whole, 0).astype(dtype) + np.where(inside, dtype(0), outside))
+        return np.where(
+            np.isnan(whole),
+            dtype(nan),
+            np.where(inside, whole, 0).astype(dtype) + np.where(inside, dtype(0), outside),
+        )
 
     return Operation(convert, to, (kind,))
 
@@ -505,7 +532,9 @@ def _cvt_pair(rounding: str, to: str) -> Operation:
     kind = to.removesuffix("x2")
 
     def convert(a: Array, b: Array) -> Array:
-        return np.stack(np.broadcast_arrays(*(narrow(x.astype(f64), kind, rounding) for x in (b, a))), axis=-1)
+        return np.stack(
+            np.broadcast_arrays(*(narrow(x.astype(f64), kind, rounding) for x in (b, a))), axis=-1
+        )
 
     return Operation(convert, to, ("f32", "f32"))
 
@@ -524,7 +553,7 @@ def _cvt_encode(to: str) -> Operation:
 
 def in_one_piece(function: Callable[[Array, Array], None], x: Array, dtype: type) -> Array:
     """What `function` fills from x, without the threads that pay off for larger arrays only."""
-    out = np.empty(x.shape, dtype)
+    out: Array = np.empty(x.shape, dtype)
     function(np.ascontiguousarray(x).reshape(-1), out.reshape(-1))
     return out
 
