@@ -39,6 +39,8 @@ class Device(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array: ...
 
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array: ...
+
     def download(self, array: Array) -> NDArray[Any]:
         """A NumPy copy, bfloat16 as uint16, once everything launched before is done."""
 
@@ -71,10 +73,11 @@ class Cuda:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return self._array(self._cupy.empty(shape, numpy_dtype(dtype)), shape, dtype)
 
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return self._array(self._cupy.zeros(shape, numpy_dtype(dtype)), shape, dtype)
+
     def download(self, array: Array) -> NDArray[Any]:
-        memory = self._cupy.cuda.UnownedMemory(array.address, array.nbytes, array.owner)
-        pointer = self._cupy.cuda.MemoryPointer(memory, 0)
-        found: NDArray[Any] = self._cupy.ndarray(array.shape, numpy_dtype(array.dtype), pointer).get()
+        found: NDArray[Any] = self._cupy.asnumpy(array.owner)
         return found
 
     def launch(
@@ -82,7 +85,10 @@ class Cuda:
     ) -> None:
         function = self._functions.get(kernel) or self._load(source, kernel)
         values = tuple(np.uint64(arg.address) if isinstance(arg, Array) else arg for arg in args)
-        function(grid, (block, 1, 1), values, shared_mem=shared_bytes)
+        function(grid, (block, 1, 1), values, shared_mem=shared_bytes, stream=self._stream())
+
+    def _stream(self) -> Any:
+        return self._cupy.cuda.get_current_stream()
 
     def _load(self, source: str, kernel: str) -> Any:
         """The kernel, allowed to take as much dynamic shared memory as the GPU has."""
@@ -99,6 +105,35 @@ class Cuda:
 
     def _array(self, owner: Any, shape: tuple[int, ...], dtype: str) -> Array:
         return Array(owner.data.ptr, tuple(shape), dtype, owner)
+
+
+class CudaTorch(Cuda):
+    """The same with torch: memory from its allocator, torch's current stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import torch
+
+        self._torch = torch
+
+    def upload(self, array: NDArray[Any], dtype: str) -> Array:
+        held = self._torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        return Array(held.data_ptr(), array.shape, dtype, held)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        held = self._torch.empty(shape, dtype=getattr(self._torch, dtype), device="cuda")
+        return Array(held.data_ptr(), shape, dtype, held)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        held = self._torch.zeros(shape, dtype=getattr(self._torch, dtype), device="cuda")
+        return Array(held.data_ptr(), shape, dtype, held)
+
+    def download(self, array: Array) -> NDArray[Any]:
+        found: NDArray[Any] = array.owner.cpu().numpy()
+        return found
+
+    def _stream(self) -> Any:
+        return self._cupy.cuda.ExternalStream(self._torch.cuda.current_stream().cuda_stream)
 
 
 # Most shared memory of a block: CUDA programming guide, technical specifications per compute capability
@@ -121,6 +156,9 @@ class Interpreted:
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return self._array(self._memory.empty(prod(shape) * ITEMSIZE[dtype]), shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return self.upload(np.zeros(shape, numpy_dtype(dtype)), dtype)
 
     def download(self, array: Array) -> NDArray[Any]:
         found: NDArray[Any] = array.owner.download(numpy_dtype(array.dtype), array.shape)

@@ -74,10 +74,10 @@ class Face:
         held, order, s = self._matrix("x", x), *self._order("x", x, selection)
         factors = checks.norm_weight(weight, selection.K)
         scale = self._upload(np.array([checks.tensor_scale(tensor_scale)]))
-        q, first_bad = launch.rmsnorm_augment_activations(
+        q, rest = launch.rmsnorm_augment_activations(
             self.device, held, self._upload(factors), checks.epsilon(epsilon), order, s, scale
         )
-        bad = int(self.device.download(first_bad)[0])
+        bad = q.shape[0] - int(self.device.download(rest)[0])
         if bad < q.shape[0]:
             checks.floats("x", x)
             checks.normalized_rows(np.arange(q.shape[0]) != bad)

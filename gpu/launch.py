@@ -18,7 +18,6 @@ STEP = 64  # of a product, along K
 LARGEST_DIMENSION = 2**31 - 2 * THREADS  # indices along one dimension are int
 INPUTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype → suffix of the kernels
 AMAX_BLOCKS = 1024
-FINITE = 0  # what `largest` holds if there is neither NaN nor infinity
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,7 +55,7 @@ def decode(device: Device, name: str, codes: Array) -> Array:
 def tensor_scale(device: Device, x: Array) -> tuple[Array, Array]:
     """(tensor_scale, amax): (1,) float32, and (1,) uint32, the bits of max |x|."""
     _matrix("x", x)
-    amax, scale = _start(device, 0), device.empty((1,), "float32")
+    amax, scale = device.zeros((1,), "uint32"), device.empty((1,), "float32")
     blocks = prod(x.shape) // BLOCK
     grid = min(-(-blocks // THREADS), AMAX_BLOCKS)
     device.launch("convert", f"amax_{_input(x)}", (grid, 1, 1), THREADS, [x, np.int64(blocks), amax])
@@ -88,7 +87,7 @@ def pack(device: Device, codes: Array, block_scales: Array, scale: Array) -> Pac
     rows, k = codes.shape
     _check("codes", codes, (rows, k), "uint8")
     _check("block_scales", block_scales, (rows, k // BLOCK), "uint8")
-    q = _output(device, rows, k, scale, _start(device, FINITE))
+    q = _output(device, rows, k, scale, device.zeros((1,), "uint32"))
     threads, grid = _by_blocks(_filled(rows, TILE_ROWS), _filled(k // BLOCK, TILE_SCALES))
     args = [codes, block_scales, np.int32(rows), np.int32(k), q.codes, q.scales]
     device.launch("quantize", "pack", grid, threads, args)
@@ -125,16 +124,16 @@ def rmsnorm_augment_activations(
     num_residual: int,
     scale: Array,
 ) -> tuple[PackedTensor, Array]:
-    """RMSNorm, then `augment_activations` with a static tensor scale, in one pass; and (1,) uint32, the
-    first row with a number that is not finite, the number of rows if there is none."""
+    """RMSNorm, then `augment_activations` with a static tensor scale, in one pass; and (1,) uint32: how many
+    rows there are from the first one with a number that is not finite on."""
     rows, k = _matrix("x", x)
     _check("weight", weight, (k,), "float32")
     s, q = _augmented(device, x, order, num_residual, scale)
-    first_bad = _start(device, rows)
+    rest = device.zeros((1,), "uint32")
     args = [x, np.int32(rows), np.int32(k), np.int32(s), order, weight, np.float32(epsilon)]
-    args += [q.tensor_scale, q.largest, first_bad, q.codes, q.scales]
+    args += [q.tensor_scale, q.largest, rest, q.codes, q.scales]
     _launch_rows(device, "rmsnorm_augment_activations", x, k * ITEMSIZE["float32"], THREADS, args)
-    return q, first_bad
+    return q, rest
 
 
 def _augment(
@@ -225,7 +224,7 @@ def _scale_for(device: Device, x: Array, scale: Array | None) -> tuple[Array, Ar
     if scale is None:
         return tensor_scale(device, x)
     _check("tensor_scale", scale, (1,), "float32")
-    return scale, _start(device, FINITE)
+    return scale, device.zeros((1,), "uint32")
 
 
 def _output(device: Device, rows: int, k: int, scale: Array, largest: Array) -> PackedTensor:
@@ -236,10 +235,6 @@ def _output(device: Device, rows: int, k: int, scale: Array, largest: Array) -> 
         largest=largest,
         shape=(rows, k),
     )
-
-
-def _start(device: Device, value: int) -> Array:
-    return device.upload(np.array([value], np.uint32), "uint32")
 
 
 def _by_blocks(rows: int, columns: int) -> tuple[int, tuple[int, int, int]]:

@@ -77,10 +77,11 @@ __device__ inline float sum_of_squares(const float *row, int k, float *lanes) {
     return lanes[0];
 }
 
-// y = fl(fl(x · r) · weight), r = fl(1 / fl(√fl(fl(sum / K) + ε))); first_bad: least row whose y is not finite.
+// y = fl(fl(x · r) · weight), r = fl(1 / fl(√fl(fl(sum / K) + ε))); rest: rows from the first on
+// whose y is not finite.
 template <class T>
 __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const int *order, const float *weight,
-                                       float epsilon, const float *tensor_scale, u32 *largest, u32 *first_bad,
+                                       float epsilon, const float *tensor_scale, u32 *largest, u32 *rest,
                                        u8 *codes, u8 *scales) {
     __shared__ float lanes[LANES];
     bool inside = blockIdx.x < rows;
@@ -104,7 +105,7 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
         row[i] = __fmul_rn(__fmul_rn(row[i], r), weight[i]);
         bad |= (__float_as_uint(row[i]) & MAGNITUDE) >= INF;
     }
-    if (bad) atomicMin(first_bad, blockIdx.x);
+    if (bad) atomicMax(rest, rows - blockIdx.x);
     __syncthreads();
     augment_row<true>(reinterpret_cast<const F32 *>(row), k, s, order, *tensor_scale, largest, codes, scales);
 }
@@ -122,8 +123,8 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
     }                                                                                                        \
     extern "C" __global__ void rmsnorm_augment_activations_##name(                                           \
         const T *x, int rows, int k, int s, const int *order, const float *weight, float epsilon,            \
-        const float *tensor_scale, u32 *largest, u32 *first_bad, u8 *codes, u8 *scales) {                    \
-        rmsnorm_augment(x, rows, k, s, order, weight, epsilon, tensor_scale, largest, first_bad, codes,      \
+        const float *tensor_scale, u32 *largest, u32 *rest, u8 *codes, u8 *scales) {                    \
+        rmsnorm_augment(x, rows, k, s, order, weight, epsilon, tensor_scale, largest, rest, codes,      \
                         scales);                                                                             \
     }
 FOR_EACH_INPUT(AUGMENT)
