@@ -248,7 +248,8 @@ class Batch:
 
     def open(self, threads: Array, finish: Callable[[Array], None]) -> None:
         """A warp that has exited is not waited for; a warp of which some threads have is in disorder."""
-        gone = self.by_warp(self.exists & ~self.alive()) & self.by_warp(threads).any(axis=1)[:, None]
+        waits = self.by_warp(threads).any(axis=1).repeat(WARP)
+        gone = self.exists & ~self.alive() & waits
         if gone.any():
             self.fail(Divergence, int(gone.argmax()), "has exited, and others of its warp wait at a barrier")
         finish(threads)
