@@ -284,8 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float4 four = scales[warp_m + 16 * i + g + 8 * h];
-                    sa[i][h][0] = __fmul_rn(four.x, to_unit), sa[i][h][1] = __fmul_rn(four.y, to_unit);
-                    sa[i][h][2] = __fmul_rn(four.z, to_unit), sa[i][h][3] = __fmul_rn(four.w, to_unit);
+                    sa[i][h][0] = four.x, sa[i][h][1] = four.y, sa[i][h][2] = four.z, sa[i][h][3] = four.w;
                 }
             }
 #pragma unroll
@@ -297,9 +296,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     int lane = threadIdx.x % 32, row = TILE_M + warp_n + 8 * j + lane % 8;
                     ldmatrix_x4(fb[pair], codes + chunk_offset(row, 4 * pair + lane / 8));
                 }
-                float4 sb[2];
+                float sb[2][4];
 #pragma unroll
-                for (int h = 0; h < 2; h++) sb[h] = scales[TILE_M + warp_n + 8 * j + 2 * t + h];
+                for (int h = 0; h < 2; h++) {
+                    float4 four = scales[TILE_M + warp_n + 8 * j + 2 * t + h];
+                    sb[h][0] = __fmul_rn(four.x, to_unit), sb[h][1] = __fmul_rn(four.y, to_unit);
+                    sb[h][2] = __fmul_rn(four.z, to_unit), sb[h][3] = __fmul_rn(four.w, to_unit);
+                }
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
                     float sum[4];
@@ -311,8 +314,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                 NONE);
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            const float of_column[4] = {sb[e & 1].x, sb[e & 1].y, sb[e & 1].z, sb[e & 1].w};
-                            float scale = __fmul_rn(sa[i][e >> 1][group], of_column[group]);
+                            float scale = __fmul_rn(sa[i][e >> 1][group], sb[e & 1][group]);
                             sum[e] = group == 0 ? __fmul_rn(dot[e], scale) : __fmaf_rn(dot[e], scale, sum[e]);
                             if (group > 0) seen |= __float_as_uint(sum[e]);
                         }
