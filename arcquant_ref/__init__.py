@@ -1,7 +1,7 @@
 """ARCQuant (arXiv 2601.07475) on NVFP4: the reference, in NumPy. Read formats.py first."""
 
 from . import bounds, layout
-from .augment import augment_activations, augment_weights
+from .augment import augment_activations, augment_weights, rmsnorm, rmsnorm_augment_activations
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
 from .gemm import linear, matmul
 from .quantize import dequantize, quantize
@@ -24,6 +24,8 @@ __all__ = [
     "linear",
     "matmul",
     "quantize",
+    "rmsnorm",
+    "rmsnorm_augment_activations",
     "select",
     "select_top",
 ]

@@ -29,6 +29,58 @@ def augment_activations(
     return interleave(primary, quantize(r, primary.tensor_scale))
 
 
+LANES = 256  # partial sums of a row in `rmsnorm`: as many as its kernel has threads
+
+
+def rmsnorm(x: ArrayLike, weight: ArrayLike, epsilon: float) -> Float32:
+    """y = x · r · weight with r = 1 / √(mean of x² + ε) by rows, (M, K) float32.
+
+    Every operation is rounded to float32, in this order: squares are added to 256 lanes, lane t taking
+    k = t, t + 256, …; the upper half of the lanes is added to the lower until one is left; mean = sum / K;
+    r = 1 / sqrt(mean + ε); y = (x · r) · weight. Dtypes and errors of x as in `quantize`; ValueError for a
+    weight that is not (K,) and finite, a negative epsilon, or a row that leaves the range of float32.
+    Source: arXiv 1910.07467; the order is ours.
+
+    >>> rmsnorm(np.full((1, 16), 2.0), np.ones(16), 0)[0, :2]
+    array([1., 1.], dtype=float32)
+    """
+    x = checks.matrix("x", x, BLOCK)
+    factors, added = checks.norm_weight(weight, x.shape[1]), checks.epsilon(epsilon)
+    with np.errstate(all="ignore"):  # the order of these operations is normative
+        mean = _sum_of_squares(x) / np.float32(x.shape[1])
+        r = np.float32(1) / np.sqrt(mean + added)
+        y = x * r[:, None] * factors
+    checks.normalized_rows(np.isfinite(mean) & np.isfinite(y).all(axis=1))
+    return y
+
+
+def _sum_of_squares(x: Float32) -> Float32:
+    squares = np.zeros((len(x), -(-x.shape[1] // LANES), LANES), np.float32)
+    squares.reshape(len(x), -1)[:, : x.shape[1]] = x * x
+    lanes = np.zeros((len(x), LANES), np.float32)
+    for i in range(squares.shape[1]):
+        lanes += squares[:, i]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def rmsnorm_augment_activations(
+    x: ArrayLike,
+    weight: ArrayLike,
+    epsilon: float,
+    selection: Selection,
+    tensor_scale: float | np.float32,
+) -> NVFP4Tensor:
+    """`augment_activations` of `rmsnorm(x, weight, epsilon)`, (M, K + S), as one kernel does it by rows.
+
+    The tensor scale is static: a row cannot know the others. Errors as in the two.
+    """
+    tensor_scale = checks.tensor_scale(tensor_scale)
+    return augment_activations(rmsnorm(x, weight, epsilon), selection, tensor_scale)
+
+
 def augment_weights(w: ArrayLike, selection: Selection) -> NVFP4Tensor:
     """(N, K) weights → (N, K + S): channels in selection order, codes and scale bytes of the last S twice.
 

@@ -1,4 +1,4 @@
-"""The implementations behind one face, by name. This version has the reference and the emulator."""
+"""The implementations behind one face, by name."""
 
 import importlib
 from pathlib import Path
@@ -27,6 +27,9 @@ class Backend(Protocol):
     def augment_activations(
         self, x: ArrayLike, selection: Selection, tensor_scale: float | None = None
     ) -> NVFP4Tensor: ...
+    def rmsnorm_augment_activations(
+        self, x: ArrayLike, weight: ArrayLike, epsilon: float, selection: Selection, tensor_scale: float
+    ) -> NVFP4Tensor: ...
     def augment_weights(self, w: ArrayLike, selection: Selection) -> NVFP4Tensor: ...
     def matmul(self, a: NVFP4Tensor, b: NVFP4Tensor) -> Float32: ...
 
@@ -47,6 +50,9 @@ def get(name: str) -> Backend:
     except Exception as error:  # whatever a broken installation raises is the reason
         raise ImportError(f"backend {name!r} is not usable here: {error}.") from error
     _refuse_a_stranger(module)
+    reason = getattr(module, "why_not", lambda: None)()  # gpu can be imported where no GPU is
+    if reason:
+        raise ImportError(f"backend {name!r} is not usable here: {reason}.")
     return cast(Backend, module)
 
 

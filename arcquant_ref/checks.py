@@ -229,6 +229,33 @@ def channel_amax(amax: ArrayLike, block: int) -> NDArray[np.float32]:
     return array
 
 
+def norm_weight(weight: ArrayLike, k: int) -> NDArray[np.float32]:
+    """K finite floats: the factors of an RMSNorm."""
+    array = floats("weight", weight)
+    if array.shape != (k,):
+        raise ValueError(
+            f"weight has shape {array.shape}; it must be ({k},), one factor for each channel of x."
+        )
+    return array
+
+
+def epsilon(value: Any) -> np.float32:
+    """A finite number, not negative, as float32."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= np.float32(value) < np.inf:
+        raise ValueError(f"epsilon={value!r} must be a finite number, not negative, such as 1e-5.")
+    return np.float32(value)
+
+
+def normalized_rows(finite: NDArray[np.bool_]) -> None:
+    """RMSNorm left every row finite, its sum of squares included."""
+    bad = np.flatnonzero(~finite)
+    if len(bad):
+        raise ValueError(
+            f"x: RMSNorm leaves the range of float32 in row {bad[0]}: its sum of squares, or a normalized "
+            f"element times weight, is not finite. Scale x or weight down; a row of zeros needs epsilon > 0."
+        )
+
+
 def fraction(name: str, value: Any) -> float:
     """A number from 0 to 1."""
     if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool) or not 0 <= value <= 1:

@@ -1,8 +1,8 @@
 """The emulator: a tensor core's bits on any CPU. The face of arcquant_ref in Numba, on float32 bits."""
 
-from .augment import augment_activations, augment_weights
+from .augment import augment_activations, augment_weights, rmsnorm_augment_activations
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
-from .gemm import matmul
+from .gemm import matmul, matmul_fp16
 from .quantize import dequantize, pack, quantize
 from .tensor_core import mma_m16n8k16, mma_m16n8k64
 
@@ -15,8 +15,10 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "matmul",
+    "matmul_fp16",
     "mma_m16n8k16",
     "mma_m16n8k64",
     "pack",
     "quantize",
+    "rmsnorm_augment_activations",
 ]

@@ -3,14 +3,28 @@
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from arcquant_ref import checks
 from arcquant_ref.formats import BLOCK, Codes, Float32
 from arcquant_ref.select import Selection
 from arcquant_ref.tensor import NVFP4Tensor
 
-from .formats import Bits, bits_of, f32, f64, float_of, u8, u32, value_e2m1, value_e4m3, widen
+from .formats import (
+    INF,
+    MAGNITUDE,
+    Bits,
+    bits_of,
+    f32,
+    f64,
+    float_of,
+    load,
+    u8,
+    u32,
+    value_e2m1,
+    value_e4m3,
+    widen,
+)
 from .jit import helper, kernel, over_rows
 from .quantize import matrix_bits, quantize_blocks, refuse_non_finite, tensor_scale_for
 
@@ -28,6 +42,34 @@ def augment_activations(
 def augment_weights(w: ArrayLike, selection: Selection) -> NVFP4Tensor:
     """(N, K) weights → (N, K + S): the bytes of `arcquant_ref.augment_weights`, and its errors."""
     return _augment("w", w, selection, None, _weight_rows)
+
+
+def rmsnorm_augment_activations(
+    x: ArrayLike,
+    weight: ArrayLike,
+    epsilon: float,
+    selection: Selection,
+    tensor_scale: float | np.float32,
+) -> NVFP4Tensor:
+    """(M, K) → (M, K + S): the bytes of `arcquant_ref.rmsnorm_augment_activations`, and its errors."""
+    bits = matrix_bits("x", x)
+    checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
+    checks.selection_fits("x", bits.shape[1], selection.K)
+    factors, scale = checks.norm_weight(weight, selection.K), checks.tensor_scale(tensor_scale)
+    shape = len(bits), selection.K + selection.num_residual
+    codes, block_scales = np.empty(shape, np.uint8), np.empty((shape[0], shape[1] // BLOCK), np.uint8)
+    order, finite, added = selection.order.astype(u32), np.empty(len(bits), np.bool_), checks.epsilon(epsilon)
+
+    def task(start: int, stop: int) -> u32:
+        part = slice(start, stop)
+        y = np.empty((stop - start, selection.K), f32)
+        most = _rmsnorm_rows(bits[part], factors, added, y, finite[part])
+        _activation_rows(y.view(u32), order, scale, codes[part], block_scales[part])
+        return most
+
+    refuse_non_finite("x", x, max(over_rows(task, len(bits))))
+    checks.normalized_rows(finite)
+    return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
 
 
 def _augment(
@@ -86,6 +128,33 @@ def _weight_rows(w: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_sc
         every_other(primary, primary_scales, c, scales, first)
         every_other(primary, primary_scales, c, scales, first + 1)
     return u32(0)  # all of w was looked at for its tensor scale
+
+
+LANES = 256
+
+
+@kernel
+def _rmsnorm_rows(x: Bits, weight: Float32, epsilon: f32, y: Float32, finite: NDArray[np.bool_]) -> u32:
+    """Normalizes rows of x into y, returns the bits of the largest |x|. The order is normative."""
+    scratch, lanes, most = np.empty(x.shape[1], u32), np.empty(LANES, f32), u32(0)
+    for row in range(len(x)):
+        bits = load(x[row], scratch)
+        lanes[:] = f32(0)
+        for k in range(len(bits)):
+            value, most = float_of(bits[k]), max(most, u32(bits[k] & MAGNITUDE))
+            lanes[k % LANES] += f32(value * value)
+        stride = LANES // 2
+        while stride > 0:
+            for t in range(stride):
+                lanes[t] += lanes[t + stride]
+            stride //= 2
+        mean = f32(lanes[0] / f32(len(bits)))
+        r = f32(f32(1) / f32(np.sqrt(f32(mean + epsilon))))
+        finite[row] = mean < float_of(INF)
+        for k in range(len(bits)):
+            y[row, k] = f32(f32(float_of(bits[k]) * r) * weight[k])
+            finite[row] &= u32(bits_of(y[row, k]) & MAGNITUDE) < INF
+    return most
 
 
 @helper

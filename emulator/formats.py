@@ -153,7 +153,7 @@ def bits_in(name: str, x: ArrayLike) -> Bits:
 
 
 @kernel
-def _encode_e2m1(x: Bits, codes: Codes) -> None:
+def encode_e2m1_flat(x: Bits, codes: Codes) -> None:
     scratch = np.empty(PIECE, u32)
     for start in range(0, len(x), PIECE):
         piece, out = load(x[start : start + PIECE], scratch), codes[start : start + PIECE]
@@ -162,7 +162,7 @@ def _encode_e2m1(x: Bits, codes: Codes) -> None:
 
 
 @kernel
-def _encode_e4m3(x: Bits, codes: Codes) -> None:
+def encode_e4m3_flat(x: Bits, codes: Codes) -> None:
     scratch = np.empty(PIECE, u32)
     for start in range(0, len(x), PIECE):
         piece, out = load(x[start : start + PIECE], scratch), codes[start : start + PIECE]
@@ -171,13 +171,13 @@ def _encode_e4m3(x: Bits, codes: Codes) -> None:
 
 
 @kernel
-def _decode_e2m1(codes: Codes, values: Float32) -> None:
+def decode_e2m1_flat(codes: Codes, values: Float32) -> None:
     for i in range(len(codes)):
         values[i] = value_e2m1(codes[i])
 
 
 @kernel
-def _decode_e4m3(codes: Codes, values: Float32) -> None:
+def decode_e4m3_flat(codes: Codes, values: Float32) -> None:
     for i in range(len(codes)):
         values[i] = value_e4m3(codes[i])
 
@@ -200,7 +200,7 @@ def encode_e2m1(x: ArrayLike) -> Codes:
     >>> encode_e2m1(np.float32([0.25, 0.75, -5, np.inf, np.nan]))
     array([ 0,  2, 14,  7,  7], dtype=uint8)
     """
-    return _convert(_encode_e2m1, bits_in("x", x), u8)
+    return _convert(encode_e2m1_flat, bits_in("x", x), u8)
 
 
 def encode_e4m3(x: ArrayLike) -> Codes:
@@ -212,14 +212,14 @@ def encode_e4m3(x: ArrayLike) -> Codes:
     >>> encode_e4m3(np.float32([1, 2**-9, -np.inf, np.nan]))
     array([ 56,   1, 254, 127], dtype=uint8)
     """
-    return _convert(_encode_e4m3, bits_in("x", x), u8)
+    return _convert(encode_e4m3_flat, bits_in("x", x), u8)
 
 
 def decode_e2m1(codes: ArrayLike) -> Float32:
     """Values of E2M1 codes, any shape, float32. Raises TypeError unless uint8, ValueError above 15."""
-    return _convert(_decode_e2m1, checks.codes("codes", codes, E2M1.bits), f32)
+    return _convert(decode_e2m1_flat, checks.codes("codes", codes, E2M1.bits), f32)
 
 
 def decode_e4m3(codes: ArrayLike) -> Float32:
     """Values of E4M3 codes, any shape, float32; 0x7F and 0xFF are NaN. Raises TypeError unless uint8."""
-    return _convert(_decode_e4m3, checks.codes("codes", codes, E4M3.bits), f32)
+    return _convert(decode_e4m3_flat, checks.codes("codes", codes, E4M3.bits), f32)

@@ -11,16 +11,21 @@ from arcquant_ref import checks
 from arcquant_ref.formats import BLOCK, Codes, Float32, Float64
 from arcquant_ref.tensor import NVFP4Tensor
 
-from .formats import MANTISSA, NAN, f32, f64, float_of
+from .formats import E4M3_NAN, MANTISSA, NAN, bits_of, f32, f64, float_of, value_e2m1, value_e4m3
 from .jit import helper, kernel, over_rows
 from .tensor_core import (
     ALL_ZERO,
+    FP32,
     GROUP_UNIT,
     HAS_NAN,
+    HOPPER,
     RTX_BLACKWELL,
+    UNSIGNED,
     Ints,
     Operand,
     add_groups,
+    aligned_sum,
+    fields,
     nvfp4_in_integers,
     operand,
     power_of_two,
@@ -163,3 +168,71 @@ def _chain_in_integers(a_codes: Codes, sfa: Codes, b_codes: Codes, sfb: Codes, a
                 k, g = slice(64 * s, 64 * s + 64), slice(4 * s, 4 * s + 4)
                 c = nvfp4_in_integers(a_codes[m, k], b_codes[n, k], sfa[m, g], sfb[n, g], c, RTX_BLACKWELL)
             acc[m, n] = c
+
+
+PIECE = 128  # of K: what one of several chains gets at a time
+
+
+def matmul_fp16(a: NVFP4Tensor, b: NVFP4Tensor, chains: int = 1) -> Float32:
+    """a bᵀ, (M, K) and (N, K) → (M, N) float32: e2m1 · e4m3 as fp16 numbers, `mma_m16n8k16` over k = 0, 16, …
+
+    The products of codes and scales are exact in fp16; a chain starts at +0. With several chains K is dealt
+    out in pieces of 128: chain c has pieces c, c + chains, …, and the sums of the chains are added in order,
+    each addition rounded to nearest. Epilogue, NaN, sign of scales and errors as in `matmul`.
+
+    >>> from emulator import quantize
+    >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)
+    >>> matmul_fp16(ones, ones)
+    array([[34.03125]], dtype=float32)
+    """
+    for name, q in (("a", a), ("b", b)):
+        checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
+    checks.same_depth(a.shape[1], b.shape[1])
+    left, right = (_decoded(q.codes, q.block_scales) for q in (a, b))
+    acc, y = np.empty((len(a.codes), len(b.codes))), np.empty((len(a.codes), len(b.codes)), f32)
+
+    def task(start: int, stop: int) -> None:
+        rows = slice(start, stop)
+        _chains(left[0][rows], left[1][rows], *right, chains, acc[rows])
+
+    over_rows(task, len(y))
+    _epilogue(acc, a.tensor_scale, b.tensor_scale, y)
+    return y
+
+
+def _decoded(codes: Codes, block_scales: Codes) -> tuple[Float64, Ints]:
+    """e2m1 · e4m3 and its exponent, (rows, K) each. Least is 2^-10, so that none is subnormal in fp16."""
+    values, exponents = np.empty(codes.shape), np.empty(codes.shape, np.int64)
+    over_rows(
+        lambda i, j: _decode_rows(codes[i:j], block_scales[i:j], values[i:j], exponents[i:j]), len(codes)
+    )
+    return values, exponents
+
+
+@kernel
+def _decode_rows(codes: Codes, block_scales: Codes, values: Float64, exponents: Ints) -> None:
+    for row in range(len(codes)):
+        for i in range(codes.shape[1]):
+            scale = block_scales[row, i // BLOCK] & UNSIGNED
+            factor = float_of(NAN) if scale == E4M3_NAN else value_e4m3(scale)
+            value = value_e2m1(codes[row, i]) * factor  # 6 significant bits
+            values[row, i], exponents[row, i] = value, fields(bits_of(value), FP32)[1]
+
+
+@kernel
+def _chains(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, chains: int, acc: Float64) -> None:
+    terms, exponents = np.empty(BLOCK), np.empty(BLOCK, np.int64)
+    for m in range(len(a)):
+        for n in range(len(b)):
+            total = f32(0)
+            for chain in range(chains):
+                d = f32(0)
+                for first in range(chain * PIECE, a.shape[1], chains * PIECE):
+                    for k in range(first, min(first + PIECE, a.shape[1]), BLOCK):
+                        for i in range(BLOCK):
+                            terms[i], exponents[i] = a[m, k + i] * b[n, k + i], HOPPER.zero_exponent
+                            if terms[i] != 0:
+                                exponents[i] = exponents_a[m, k + i] + exponents_b[n, k + i]
+                        d = aligned_sum(terms, exponents, d, HOPPER)
+                total = d if chain == 0 else f32(total + d)
+            acc[m, n] = total

@@ -79,11 +79,7 @@ def mma_m16n8k64(
     for (name, shape), array in zip(shapes.items(), (a_codes, b_codes, sfa, sfb)):
         operands.append(checks.codes(name, array, E2M1.bits if "codes" in name else E4M3.bits))
         checks.has_shape(name, operands[-1].shape, shape)
-    a, b = operand(operands[0], operands[2]), operand(operands[1], operands[3])
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        d = _accumulator(c).astype(f64)
-    add_groups(a.values[0], b.values[0], a.exponents[0], b.exponents[0], np.arange(16), d)
-    return d.astype(f32)
+    return nvfp4_warps(*(np.ascontiguousarray(x)[None] for x in (*operands, _accumulator(c))))[0]
 
 
 def mma_m16n8k16(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> Float32:
@@ -101,9 +97,8 @@ def mma_m16n8k16(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> Float32:
         )
     checks.has_shape("a", a_bits.shape, (16, 16))
     checks.has_shape("b", b_bits.shape, (8, 16))
-    d = np.empty((16, 8), f32)
-    _mma_half(a_bits, b_bits, _accumulator(c), FP16 if a_bits.dtype == np.int16 else BF16, d)
-    return d
+    widths = FP16 if a_bits.dtype == np.int16 else BF16
+    return half_warps(*(np.ascontiguousarray(x)[None] for x in (a_bits, b_bits, _accumulator(c))), widths)[0]
 
 
 def _accumulator(c: ArrayLike) -> Float32:
@@ -329,14 +324,52 @@ def _add_groups(
 
 
 @kernel
-def _mma_half(a: Bits, b: Bits, c: Float32, widths: tuple[int, int], d: Float32) -> None:
-    x, y, terms, exponents = np.empty(16, u32), np.empty(16, u32), np.empty(16), np.empty(16, np.int64)
-    for m in range(16):
-        widen(a[m], x)
-        for n in range(8):
-            widen(b[n], y)
-            for i in range(16):
-                terms[i], exponents[i] = f64(float_of(x[i])) * f64(float_of(y[i])), HOPPER.zero_exponent
-                if terms[i] != 0:
-                    exponents[i] = fields(a[m, i], widths)[1] + fields(b[n, i], widths)[1]
-            d[m, n] = aligned_sum(terms, exponents, c[m, n], HOPPER)
+def nvfp4_warps(a_codes: Codes, b_codes: Codes, sfa: Codes, sfb: Codes, c: Float32) -> Float32:
+    """`mma_m16n8k64` for many warps: arrays as there with one more axis in front, unchecked."""
+    d, rows = np.empty_like(c), np.arange(16)
+    a, b = np.empty((1, 16, 64)), np.empty((1, 8, 64))
+    of_a, of_b = np.empty((1, 16, 4), np.int64), np.empty((1, 8, 4), np.int64)
+    dots, products, acc = np.empty((4, 16, 8)), np.empty((4, 16, 8)), np.empty((16, 8))
+    for w in range(len(c)):
+        of_a[:], of_b[:], dots[:], products[:] = ALL_ZERO, ALL_ZERO, 0, 0
+        _decode(a_codes[w], sfa[w], a, of_a)
+        _decode(b_codes[w], sfb[w], b, of_b)
+        for m in range(16):
+            for k in range(64):
+                for n in range(8):
+                    product = a[0, m, k] * b[0, n, k]
+                    dots[k // BLOCK, m, n] += product
+                    products[k // BLOCK, m, n] += abs(product)
+        acc[:] = c[w]
+        _add_groups(dots, products, of_a[0], of_b[0], rows, acc)
+        d[w] = acc
+    return d
+
+
+@kernel
+def half_warps(a: Bits, b: Bits, c: Float32, widths: tuple[int, int]) -> Float32:
+    """`mma_m16n8k16` for many warps: bits as there with one more axis in front, unchecked."""
+    d = np.empty_like(c)
+    x, y = np.empty((16, 16)), np.empty((8, 16))
+    of_x, of_y = np.empty((16, 16), np.int64), np.empty((8, 16), np.int64)
+    terms, exponents = np.empty(16), np.empty(16, np.int64)
+    for w in range(len(c)):
+        _decode_half(a[w], widths, x, of_x)
+        _decode_half(b[w], widths, y, of_y)
+        for m in range(16):
+            for n in range(8):
+                for i in range(16):
+                    terms[i], exponents[i] = x[m, i] * y[n, i], HOPPER.zero_exponent
+                    if terms[i] != 0:
+                        exponents[i] = of_x[m, i] + of_y[n, i]
+                d[w, m, n] = aligned_sum(terms, exponents, c[w, m, n], HOPPER)
+    return d
+
+
+@helper
+def _decode_half(bits: Bits, widths: tuple[int, int], values: Float64, exponents: Ints) -> None:
+    wide = np.empty(bits.shape[1], u32)
+    for row in range(len(bits)):
+        widen(bits[row], wide)
+        for i in range(bits.shape[1]):
+            values[row, i], exponents[row, i] = float_of(wide[i]), fields(bits[row, i], widths)[1]

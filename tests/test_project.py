@@ -89,6 +89,27 @@ def test_the_emulator_shares_types_widths_and_checks_but_no_arithmetic():
         assert "fastmath=" not in path.read_text()
 
 
+COMPARES = {"verify.py", "bench.py"}  # with reference and emulator: that is what they are for
+
+
+def test_gpu_shares_types_widths_and_checks_but_no_arithmetic():
+    """With the reference; of the emulator it uses the interpreter, which runs the same PTX as a GPU."""
+    for path in (ROOT / "gpu").glob("*.py"):
+        if path.name in COMPARES:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = {alias.name for alias in node.names}
+                top = node.module.split(".")[0]
+                assert top != "arcquant_ref" or names <= SHARED, (path.name, node.lineno)
+                assert top != "emulator" or (node.module, names) == ("emulator", {"ptx"}), path.name
+            if isinstance(node, ast.Import):
+                tops = {alias.name.split(".")[0] for alias in node.names}
+                assert not tops & {"arcquant_ref", "emulator"}, (path.name, node.lineno)
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("E2M1", "E4M3", "fmt"):
+                assert node.attr in WIDTHS | {"name"}, (path.name, node.lineno)
+
+
 def test_ci_runs_the_command_of_the_readme():
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert len(commands) == 2

@@ -1,0 +1,130 @@
+// One pass over a row: gather the channels by `order`, quantize, quantize the residual of the last S, and write
+// P … P P₀ R₀ P₁ R₁ … (weights: P₀ P₀ P₁ P₁ …), packed, with swizzled scales; what is filled up becomes zero.
+//   residual = fl(x − e2m1 · e4m3 · tensor_scale), one rounding: an FMA, since e2m1 · e4m3 is exact.
+// Equals emulator/augment.py: augment_activations, augment_weights, rmsnorm_augment_activations.
+// Launch: a block a row, rows filled up to 128s; the row lies in dynamic shared memory: K numbers as they come
+// (after RMSNorm: as float32). RMSNorm: 256 threads, which its order of additions needs.
+#include "blocks.cuh"
+
+constexpr int LANES = 256;
+extern __shared__ uint4 shared_row[];
+
+template <bool RESIDUAL, class T>
+__device__ inline void augment_row(const T *staged, int k, int s, const int *order, float tensor_scale,
+                                   u32 *largest, u8 *codes, u8 *scales) {
+    int row = blockIdx.x, blocks = (k + s) / BLOCK, tiles = (blocks + 3) / 4, first = (k - s) / BLOCK;
+    codes += (size_t)row * (k + s) / 2;
+    for (int b = threadIdx.x; b < k / BLOCK; b += blockDim.x) {
+        float x[BLOCK];
+#pragma unroll
+        for (int i = 0; i < BLOCK; i += 4) {
+            int4 at = *reinterpret_cast<const int4 *>(order + b * BLOCK + i);
+            x[i] = staged[at.x].value(), x[i + 1] = staged[at.y].value();
+            x[i + 2] = staged[at.z].value(), x[i + 3] = staged[at.w].value();
+        }
+        u32 amax = amax_bits(x);
+        tell_non_finite(largest, amax);
+        Block block = quantize_block(x, tensor_scale, amax);
+        int to = b < first ? b : first + 2 * (b - first);
+        store_codes(codes + to * (BLOCK / 2), block);
+        scales[scale_offset(row, to, tiles)] = block.scale;
+        if (b < first) continue;
+        if (RESIDUAL) {
+            float scale = E4M3::value(block.scale);
+#pragma unroll
+            for (int i = 0; i < BLOCK; i++) {
+                float value = __fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale);
+                x[i] = __fmaf_rn(-value, tensor_scale, x[i]);
+            }
+            block = quantize_block(x, tensor_scale, amax_bits(x));
+        }
+        store_codes(codes + (to + 1) * (BLOCK / 2), block);
+        scales[scale_offset(row, to + 1, tiles)] = block.scale;
+    }
+}
+
+// Zero where no block is: all of a row beyond the last, else what fills the last tile.
+__device__ inline void fill_scales(int blocks, int from, u8 *scales) {
+    int tiles = (blocks + 3) / 4;
+    for (int c = from + threadIdx.x; c < 4 * tiles; c += blockDim.x)
+        scales[scale_offset(blockIdx.x, c, tiles)] = 0;
+}
+
+template <bool RESIDUAL, class T>
+__device__ inline void augment(const T *x, int rows, int k, int s, const int *order, const float *tensor_scale,
+                               u32 *largest, u8 *codes, u8 *scales) {
+    bool inside = blockIdx.x < rows;
+    fill_scales((k + s) / BLOCK, inside ? (k + s) / BLOCK : 0, scales);
+    if (!inside) return;
+    const uint4 *source = reinterpret_cast<const uint4 *>(x + (size_t)blockIdx.x * k);
+    for (int i = threadIdx.x; i < k * (int)sizeof(T) / 16; i += blockDim.x) shared_row[i] = source[i];
+    __syncthreads();
+    augment_row<RESIDUAL>(reinterpret_cast<const T *>(shared_row), k, s, order, *tensor_scale, largest, codes,
+                          scales);
+}
+
+// lanes[t] = Σ fl(x[k]²) over k = t, t + 256, …, added in this order; then halves are added: t and t + 128, …
+__device__ inline float sum_of_squares(const float *row, int k, float *lanes) {
+    int t = threadIdx.x;
+    float sum = 0;
+    for (int i = t; i < k; i += LANES) sum = __fadd_rn(sum, __fmul_rn(row[i], row[i]));
+    lanes[t] = sum;
+    for (int stride = LANES / 2; stride > 0; stride /= 2) {
+        __syncthreads();
+        if (t < stride) lanes[t] = __fadd_rn(lanes[t], lanes[t + stride]);
+    }
+    __syncthreads();
+    return lanes[0];
+}
+
+// y = fl(fl(x · r) · weight), r = fl(1 / fl(√fl(fl(sum / K) + ε))); rest: rows from the first on
+// whose y is not finite.
+template <class T>
+__device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const int *order, const float *weight,
+                                       float epsilon, const float *tensor_scale, u32 *largest, u32 *rest,
+                                       u8 *codes, u8 *scales) {
+    __shared__ float lanes[LANES];
+    bool inside = blockIdx.x < rows;
+    fill_scales((k + s) / BLOCK, inside ? (k + s) / BLOCK : 0, scales);
+    if (!inside) return;
+    float *row = reinterpret_cast<float *>(shared_row);
+    for (int b = threadIdx.x; b < k / BLOCK; b += blockDim.x) {
+        float values[BLOCK];
+        read<BLOCK>(values, x + (size_t)blockIdx.x * k + b * BLOCK);
+        tell_non_finite(largest, amax_bits(values));
+#pragma unroll
+        for (int i = 0; i < BLOCK; i += 4)
+            reinterpret_cast<float4 *>(row)[(b * BLOCK + i) / 4] =
+                make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+    }
+    __syncthreads();
+    float mean = __fdiv_rn(sum_of_squares(row, k, lanes), (float)k);
+    float r = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, epsilon)));
+    bool bad = !(mean < __uint_as_float(INF));
+    for (int i = threadIdx.x; i < k; i += LANES) {
+        row[i] = __fmul_rn(__fmul_rn(row[i], r), weight[i]);
+        bad |= (__float_as_uint(row[i]) & MAGNITUDE) >= INF;
+    }
+    if (bad) atomicMax(rest, rows - blockIdx.x);
+    __syncthreads();
+    augment_row<true>(reinterpret_cast<const F32 *>(row), k, s, order, *tensor_scale, largest, codes, scales);
+}
+
+#define AUGMENT(name, T)                                                                                     \
+    extern "C" __global__ void augment_activations_##name(const T *x, int rows, int k, int s,                \
+                                                          const int *order, const float *tensor_scale,       \
+                                                          u32 *largest, u8 *codes, u8 *scales) {             \
+        augment<true>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                           \
+    }                                                                                                        \
+    extern "C" __global__ void augment_weights_##name(const T *x, int rows, int k, int s, const int *order,  \
+                                                      const float *tensor_scale, u32 *largest, u8 *codes,    \
+                                                      u8 *scales) {                                          \
+        augment<false>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                          \
+    }                                                                                                        \
+    extern "C" __global__ void rmsnorm_augment_activations_##name(                                           \
+        const T *x, int rows, int k, int s, const int *order, const float *weight, float epsilon,            \
+        const float *tensor_scale, u32 *largest, u32 *rest, u8 *codes, u8 *scales) {                    \
+        rmsnorm_augment(x, rows, k, s, order, weight, epsilon, tensor_scale, largest, rest, codes,      \
+                        scales);                                                                             \
+    }
+FOR_EACH_INPUT(AUGMENT)

@@ -1,0 +1,43 @@
+// What the product kernels share: where operands lie, and the end of an output.
+#pragma once
+#include "formats.cuh"
+
+// One operand: `rows` rows of K codes, packed; scales in swizzled tiles; its tensor scale.
+struct Operand {
+    const u8 *codes, *scales;
+    int rows, k;
+    __device__ int tiles() const { return (k / BLOCK + 3) / 4; } // of scales, across: one for 64 along K
+    __device__ const u8 *row(int r) const { return codes + (size_t)r * (k / 2); }
+};
+
+// 32 codes of a row from k on → 16 bytes of shared memory, zero where row or k are beyond the operand.
+// A row starts at a multiple of 8 bytes; only if K is a multiple of 32 it is one of 16.
+__device__ inline void copy_codes(u32 to, const Operand &x, int row, int k) {
+    bool inside = row < x.rows;
+    const u8 *from = x.codes + (inside ? (size_t)row * (x.k / 2) : 0);
+    bool first = inside && k < x.k, second = inside && k + BLOCK < x.k;
+    if (x.k % 32 == 0) {
+        cp_async16(to, from + (first ? k / 2 : 0), first ? 16 : 0);
+    } else {
+        cp_async8(to, from + (first ? k / 2 : 0), first ? 8 : 0);
+        cp_async8(to + 8, from + (second ? k / 2 + 8 : 0), second ? 8 : 0);
+    }
+}
+
+// y = fl(acc · fl(tensor_scale_a · tensor_scale_b)); a NaN is the hardware's. emulator/gemm.py: _epilogue
+__device__ inline float scaled(float acc, float scale) {
+    float y = __fmul_rn(acc, scale);
+    return y == y ? y : __uint_as_float(NAN_BITS);
+}
+
+// Two neighbours of row m, at an even column n.
+__device__ inline void store_pair(float *y, int m, int n, int rows, int columns, float y0, float y1) {
+    if (m >= rows || n >= columns) return;
+    float *to = y + (size_t)m * columns + n;
+    if (columns % 2 == 0) {
+        *reinterpret_cast<float2 *>(to) = make_float2(y0, y1);
+    } else {
+        to[0] = y0;
+        if (n + 1 < columns) to[1] = y1;
+    }
+}

@@ -1,0 +1,356 @@
+"""The whole face of gpu on its own PTX, interpreted, for a GPU with and one without the NVFP4 instruction;
+and on the GPU itself where there is one. Bytes equal those of reference and emulator."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from strategies import matrices, tensor_scales
+from support import REQUIRED, assert_same_tensor, neighbours, optional
+from test_agreement import activations
+from test_emulator_gemm import SCALES, cancelling_pair, lone_pair, tensor_with_scales
+
+import arcquant_ref
+import emulator
+import gpu
+from arcquant_ref import NVFP4Tensor, Selection, layout, select_top
+from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from gpu import launch
+from gpu.device import Cuda, Interpreted
+from gpu.face import Face
+
+optional("cupy")
+DEVICES = ["interpreted sm_80", "interpreted sm_120a"]
+if gpu.why_not() is None or "gpu" in REQUIRED:
+    DEVICES.append("cuda")
+on_every_device = pytest.mark.parametrize("face", DEVICES, indirect=True)
+some = settings(max_examples=max(10, settings().max_examples // 4))
+few = settings(max_examples=max(5, settings().max_examples // 10))
+
+
+@pytest.fixture(scope="module")
+def face(request) -> Face:
+    if request.param == "cuda":
+        return Face(Cuda())  # raises, with the reason, where ARCQUANT_REQUIRE=gpu asks for a GPU in vain
+    return Face(Interpreted(request.param.removeprefix("interpreted sm_")))
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
+    different = np.argwhere(got.view(np.uint32) != expected.view(np.uint32))
+    if len(different):
+        i = tuple(different[0])
+        pytest.fail(
+            f"{len(different)} of {got.size} differ, first at {i}: got {got.view(np.uint32)[i]:#010x}, "
+            f"expected {expected.view(np.uint32)[i]:#010x}"
+        )
+
+
+@on_every_device
+@pytest.mark.parametrize("name", ["e2m1", "e4m3"])
+def test_every_bf16_and_fp16_and_what_lies_beside_a_boundary(face, name):
+    fmt = {"e2m1": E2M1, "e4m3": E4M3}[name]
+    ours, theirs = getattr(face, f"encode_{name}"), getattr(emulator, f"encode_{name}")
+    bits = np.arange(2**16, dtype=np.uint16)
+    boundaries = neighbours(np.concatenate([fmt.midpoints, -fmt.midpoints, np.float32([0, -0.0, fmt.max])]))
+    nans = np.uint32([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF]).view(np.float32)
+    float64 = np.float64([[1e39, -0.1]])
+    for x in (bits.view(ml_dtypes.bfloat16), bits.view(np.float16), boundaries, nans, float64):
+        np.testing.assert_array_equal(ours(x), theirs(x))
+
+
+@on_every_device
+def test_every_code_decodes(face):
+    codes = np.arange(256, dtype=np.uint8)
+    assert_same_bits(face.decode_e4m3(codes), emulator.decode_e4m3(codes))
+    assert_same_bits(face.decode_e2m1(codes[:16]), emulator.decode_e2m1(codes[:16]))
+
+
+@on_every_device
+@some
+@given(layer=activations(), tensor_scale=tensor_scales)
+@example((np.zeros((1, 16), np.float32), select_top(np.zeros(16, np.float32), 16)), None)
+@example((np.full((3, 16), -2688 * 3, np.float32), select_top(np.ones(16, np.float32), 16)), 1.0)
+@example((np.ones((130, 80), np.float32), select_top(np.ones(80, np.float32), 0)), None)
+@example((np.ones((2, 80), np.float32), select_top(np.ones(80, np.float32), 80)), None)
+def test_same_bytes(face, layer, tensor_scale):
+    x, selection = layer
+    for function, *arguments in [
+        ("quantize", x, tensor_scale),
+        ("augment_activations", x, selection, tensor_scale),
+        ("augment_weights", x, selection),
+    ]:
+        q = getattr(face, function)(*arguments)
+        assert_same_tensor(q, getattr(arcquant_ref, function)(*arguments))
+        assert_same_bits(face.dequantize(q), emulator.dequantize(q))
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+@few
+@given(layer=activations(), tensor_scale=tensor_scales)
+def test_same_bytes_from_other_dtypes(face, dtype, layer, tensor_scale):
+    x, selection = layer
+    with np.errstate(all="ignore"):
+        x = x.astype(dtype)
+    x[~np.isfinite(x.astype(np.float64))] = 1
+    for function, *arguments in [
+        ("quantize", x, tensor_scale),
+        ("augment_activations", x, selection, tensor_scale),
+        ("augment_weights", x, selection),
+    ]:
+        assert_same_tensor(getattr(face, function)(*arguments), getattr(arcquant_ref, function)(*arguments))
+
+
+weights_of_a_norm = st.sampled_from(["ones", "gaussian", "wide"])
+
+
+@st.composite
+def norms(draw):
+    """A layer and the weight of its RMSNorm; x so far below float32's limit that nothing overflows."""
+    x, selection = draw(activations())
+    repeated = draw(st.sampled_from([1, 1, 1, 17]))  # K beyond the 256 lanes
+    x = np.tile(x, repeated)
+    order = (selection.order[:, None] + selection.K * np.arange(repeated)).T.reshape(-1)
+    selection = Selection(
+        order=order, num_residual=selection.num_residual, channel_amax=np.abs(x).max(axis=0)
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weight = {
+        "ones": np.ones(len(order)),
+        "gaussian": rng.standard_normal(len(order)),
+        "wide": rng.standard_normal(len(order)) * np.exp2(rng.integers(-40, 40, len(order))),
+    }[draw(weights_of_a_norm)]
+    return np.clip(x, -1e15, 1e15), weight.astype(np.float32), selection
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@few
+@given(
+    layer=norms(),
+    epsilon=st.sampled_from([1e-5, 1e-6, 1.0]),
+    tensor_scale=st.sampled_from([1.0, 0.0007, 1 / 3]),
+)
+def test_rmsnorm_gives_the_same_bytes(face, dtype, layer, epsilon, tensor_scale):
+    x, weight, selection = layer
+    x = np.clip(x, -6e4, 6e4).astype(dtype) if dtype == np.float16 else x.astype(dtype)
+    arguments = x, weight, epsilon, selection, tensor_scale
+    expected = arcquant_ref.rmsnorm_augment_activations(*arguments)
+    assert_same_tensor(emulator.rmsnorm_augment_activations(*arguments), expected)
+    assert_same_tensor(face.rmsnorm_augment_activations(*arguments), expected)
+
+
+def packed_and_swizzled(face: Face, q: launch.PackedTensor) -> tuple[np.ndarray, np.ndarray]:
+    return face.device.download(q.codes), face.device.download(q.scales)
+
+
+@on_every_device
+@few
+@given(layer=activations(), more_rows=st.sampled_from([0, 0, 127]))
+def test_bytes_in_memory_are_those_of_the_layout(face, layer, more_rows):
+    """Packed pairs, swizzled scales, and zeros where rows and columns are filled up, from every kernel."""
+    x, selection = layer
+    x = np.concatenate([x, np.zeros((more_rows, x.shape[1]), np.float32)])
+    device, order = face.device, selection.order.astype(np.int32)
+    held, order = device.upload(x, "float32"), device.upload(order, "int32")
+    weight = np.ones(selection.K, np.float32)
+    scale = device.upload(np.float32([1]), "float32")
+    norm = launch.rmsnorm_augment_activations(
+        device, held, device.upload(weight, "float32"), np.float32(1), order, selection.num_residual, scale
+    )[0]
+    quantized = arcquant_ref.quantize(x)
+    for q, expected in [
+        (launch.quantize(device, held), quantized),
+        (face.pack(quantized), quantized),
+        (
+            launch.augment_activations(device, held, order, selection.num_residual),
+            arcquant_ref.augment_activations(x, selection),
+        ),
+        (
+            launch.augment_weights(device, held, order, selection.num_residual),
+            arcquant_ref.augment_weights(x, selection),
+        ),
+        (norm, face.unpack(norm)),
+    ]:
+        codes, scales = packed_and_swizzled(face, q)
+        np.testing.assert_array_equal(codes, layout.pack(expected.codes))
+        np.testing.assert_array_equal(scales, layout.swizzle_128x4(expected.block_scales))
+
+
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
+
+
+@on_every_device
+@pytest.mark.parametrize("kind", SCALES)
+@few
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+def test_exact_product_is_the_one_of_blackwell(face, kind, size, seed):
+    (m, n, blocks), rng = size, np.random.default_rng(seed)
+    a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+    assert_same_bits(face.matmul(a, b), emulator.matmul(a, b))
+
+
+@on_every_device
+@pytest.mark.parametrize("pair", [cancelling_pair, lone_pair])
+@few
+@given(m=st.integers(1, 40), n=st.integers(1, 3), steps=st.integers(2, 6), seed=st.integers(0, 2**32 - 1))
+def test_exact_product_where_one_bit_decides(face, pair, m, n, steps, seed):
+    a, b = pair(np.random.default_rng(seed), m, n, steps)
+    assert_same_bits(face.matmul(a, b), emulator.matmul(a, b))
+
+
+@on_every_device
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", [(130, 259, 80), (128, 128, 64), (1, 257, 48), (257, 2, 16)])
+def test_products_across_tiles(face, shape, exact):
+    m, n, k = shape
+    rng = np.random.default_rng(m)
+    x, w = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-6, 6, k)) for rows in (m, n))
+    a, b = arcquant_ref.quantize(x), arcquant_ref.quantize(w)
+    expected = emulator.matmul(a, b) if exact else emulator.matmul_fp16(a, b, chains_for(m))
+    assert_same_bits(face.matmul(a, b, exact=exact), expected)
+
+
+def chains_for(m: int) -> int:
+    return 8 if m <= launch.FEW_ROWS else 1
+
+
+@on_every_device
+@pytest.mark.parametrize("kind", SCALES)
+@few
+@given(size=sizes, seed=st.integers(0, 2**32 - 1))
+def test_fp16_product_is_the_one_of_hopper(face, kind, size, seed):
+    """m is shifted so that half the examples are more than the small kernel takes."""
+    (m, n, blocks), rng = size, np.random.default_rng(seed)
+    a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+    assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b, chains_for(m)))
+
+
+@on_every_device
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+@few
+@given(n=st.integers(1, 140), blocks=st.integers(1, 140), seed=st.integers(0, 2**32 - 1))
+def test_few_rows(face, m, n, blocks, seed):
+    """K up to 2240: every warp has pieces of K, or some have none."""
+    rng = np.random.default_rng(seed)
+    a, b = (tensor_with_scales("spread", rng, (rows, blocks * BLOCK)) for rows in (m, n))
+    assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b, 8))
+
+
+@on_every_device
+@few
+@given(layer=activations(), rows=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
+def test_a_whole_layer(face, layer, rows, seed):
+    """Augmented operands in, one plain product: S = 0, S = K and what lies between."""
+    x, selection = layer
+    w = np.random.default_rng(seed).standard_normal((rows, selection.K)).astype(np.float32)
+    a, b = face.augment_activations(x, selection), face.augment_weights(w, selection)
+    assert_same_bits(face.matmul(a, b), emulator.matmul(a, b))
+
+
+def refused(function, *arguments) -> str:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        function(*arguments)
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+@on_every_device
+def test_refuses_in_the_words_of_the_reference(face):
+    x, selection = np.ones((3, 32), np.float32), select_top(np.ones(32, np.float32), 16)
+    calls = [
+        ("quantize", np.ones((3, 17))),
+        ("quantize", np.ones(16)),
+        ("quantize", np.zeros((0, 16))),
+        ("quantize", np.ones((3, 16), int)),
+        ("quantize", x, 0.0),
+        ("quantize", x, "1"),
+        ("augment_activations", np.ones((3, 48)), selection),
+        ("augment_activations", x, None),
+        ("augment_weights", np.ones((3, 48)), selection),
+        ("decode_e2m1", np.uint8([16])),
+        ("decode_e4m3", np.ones(3)),
+        ("dequantize", x),
+        ("rmsnorm_augment_activations", x, np.ones(16), 1e-5, selection, 1.0),
+        ("rmsnorm_augment_activations", x, np.full(32, np.nan), 1e-5, selection, 1.0),
+        ("rmsnorm_augment_activations", x, np.ones(32), -1.0, selection, 1.0),
+        ("rmsnorm_augment_activations", x, np.ones(32), 1e-5, selection, None),
+    ]
+    for value in (np.nan, -np.inf):
+        for channel in (7, 23):
+            bad = x.copy()
+            bad[1, channel] = value
+            for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64):
+                calls += [("quantize", bad.astype(dtype)), ("quantize", bad.astype(dtype), 1.0)]
+                calls += [("augment_activations", bad.astype(dtype), selection, s) for s in (None, 1.0)]
+                calls += [("augment_weights", bad.astype(dtype), selection)]
+                calls += [("rmsnorm_augment_activations", bad.astype(dtype), x[0], 0.1, selection, 1.0)]
+    large, weight = x.copy(), np.ones(32, np.float32)
+    large[2, 3], weight[5] = 1e20, 3e38
+    calls += [
+        ("rmsnorm_augment_activations", large, np.ones(32), 0.1, selection, 1.0),
+        ("rmsnorm_augment_activations", 2 * np.eye(32, dtype=np.float32), weight, 0.0, selection, 1.0),
+        ("rmsnorm_augment_activations", np.diag(np.arange(32.0)), np.ones(32), 0.0, selection, 1.0),
+    ]
+    for name, *arguments in calls:
+        expected = refused(getattr(arcquant_ref, name), *arguments)
+        assert refused(getattr(face, name), *arguments) == expected
+        if name.startswith("rmsnorm"):
+            assert refused(getattr(emulator, name), *arguments) == expected
+
+
+@on_every_device
+def test_products_refuse_what_is_no_product(face):
+    q = arcquant_ref.quantize(np.ones((2, 32)))
+    for a, b in ((q, np.ones((2, 32))), (q, arcquant_ref.quantize(np.ones((2, 16))))):
+        assert refused(face.matmul, a, b) == refused(emulator.matmul, a, b)
+    bad = NVFP4Tensor(codes=q.codes, block_scales=q.block_scales | 0x80, tensor_scale=1)
+    assert refused(face.dequantize, bad) == refused(arcquant_ref.dequantize, bad)
+
+
+@on_every_device
+def test_launchers_look_at_what_they_get(face):
+    device = face.device
+    x, order = device.upload(np.ones((2, 32), np.float32), "float32"), device.upload(np.arange(32), "int32")
+    wide = device.upload(np.zeros((1, 65536 - 64 + 32), np.float32), "float32")
+    q = face.pack(arcquant_ref.quantize(np.ones((2, 32))))
+    for message, function, *arguments in [
+        ("order has shape .32,. and dtype uint8; it must be .32,. and int32", launch.augment_weights, x,
+         device.upload(np.arange(32, dtype=np.uint8), "uint8"), 16),
+        ("num_residual=8 must be a multiple of 16 from 0 to 32", launch.augment_weights, x, order, 8),
+        ("tensor_scale has shape", launch.quantize, x, x),
+        ("x has dtype int32; the kernels read float32, float16, bfloat16", launch.quantize, order),
+        ("x has shape .32,.", launch.quantize, device.upload(np.ones(32, np.float32), "float32")),
+        ("a has K=32 and b has K=16", launch.matmul, q, face.pack(arcquant_ref.quantize(np.ones((2, 16))))),
+        ("a row takes 262016 bytes of shared memory", launch.augment_weights, wide,
+         device.upload(np.arange(65504, dtype=np.int32), "int32"), 16),
+    ]:  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
+            function(device, *arguments)
+
+
+@few
+@given(x=matrices(max_rows=5), w=matrices(max_rows=5))
+def test_the_emulator_repeats_chains_of_half_mmas(x, w):
+    """`matmul_fp16` against `mma_m16n8k16`, step by step, with one chain and with several."""
+    k = min(x.shape[1], w.shape[1])
+    a, b = (arcquant_ref.quantize(np.tile(m[:, :k], 5), 1.0) for m in (x, w))
+    halves = [
+        (
+            arcquant_ref.decode_e2m1(q.codes)
+            * np.repeat(arcquant_ref.decode_e4m3(q.block_scales), BLOCK, axis=1)
+        )
+        for q in (a, b)
+    ]
+    left, right = (
+        np.pad(h, ((0, rows - len(h)), (0, 0))).astype(np.float16) for h, rows in zip(halves, (16, 8))
+    )
+    for chains in (1, 2, 8):
+        total = None
+        for chain in range(chains):
+            d = np.zeros((16, 8), np.float32)
+            for first in range(chain * 128, left.shape[1], chains * 128):
+                for i in range(first, min(first + 128, left.shape[1]), 16):
+                    d = emulator.mma_m16n8k16(left[:, i : i + 16], right[:, i : i + 16], d)
+            total = d if total is None else total + d
+        assert_same_bits(emulator.matmul_fp16(a, b, chains), total[: len(x), : len(w)].copy())
