@@ -55,13 +55,8 @@ def _augment(
 @kernel
 def _activation_rows(x: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
     k, s, last = len(order), codes.shape[1] - len(order), len(x) - 1
-    first, words = (k - s) // BLOCK, codes.view(np.uint64)
-    scratch, bits, step, fours = (
-        np.empty(k, u32),
-        np.empty(k, u32),
-        np.empty(k // BLOCK, f32),
-        np.empty(k // 4, u32),
-    )
+    first, words, step = (k - s) // BLOCK, codes.view(np.uint64), np.empty(k // BLOCK, f32)
+    scratch, bits, fours = np.empty(k, u32), np.empty(k, u32), np.empty(k // 4, u32)
     outliers, residual, scale = np.empty(s, u32), np.empty(s, u32), np.empty(s // BLOCK, f32)
     appended, appended_scales, most = np.empty(s, u8), np.empty(s // BLOCK, u8), u32(0)
     tail, appended_words, few = bits[k - s :], appended.view(np.uint64), fours[: s // 4]
@@ -82,13 +77,8 @@ def _activation_rows(x: Bits, order: Bits, tensor_scale: f32, codes: Codes, bloc
 @kernel
 def _weight_rows(w: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
     k, s, last = len(order), codes.shape[1] - len(order), len(w) - 1
-    first, words = (k - s) // BLOCK, codes.view(np.uint64)
-    scratch, bits, step, fours = (
-        np.empty(k, u32),
-        np.empty(k, u32),
-        np.empty(k // BLOCK, f32),
-        np.empty(k // 4, u32),
-    )
+    first, words, step = (k - s) // BLOCK, codes.view(np.uint64), np.empty(k // BLOCK, f32)
+    scratch, bits, fours = np.empty(k, u32), np.empty(k, u32), np.empty(k // 4, u32)
     gather(load(w[0], scratch), order, bits)
     for row in range(len(w)):
         scales = block_scales[row]
