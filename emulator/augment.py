@@ -16,17 +16,16 @@ from .formats import (
     Bits,
     bits_of,
     f32,
-    f64,
     float_of,
     load,
+    nearest_e2m1,
     u8,
     u32,
     value_e2m1,
     value_e4m3,
-    widen,
 )
-from .jit import helper, kernel, over_rows
-from .quantize import matrix_bits, quantize_blocks, refuse_non_finite, tensor_scale_for
+from .jit import fma, helper, kernel, over_rows, prefetch
+from .quantize import matrix_bits, quantize_blocks, refuse_non_finite, scale_blocks, tensor_scale_for
 
 
 def augment_activations(
@@ -96,37 +95,38 @@ def _augment(
 
 @kernel
 def _activation_rows(x: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
-    k, s = len(order), codes.shape[1] - len(order)
-    first = (k - s) // BLOCK  # block with a residual: P₀ R₀ P₁ R₁ … from here on
-    scratch, bits, block = np.empty(k, u32), np.empty(k, u32), np.empty(k // BLOCK, f32)
-    primary, primary_scales = np.empty(s, u8), np.empty(s // BLOCK, u8)
-    appended, appended_scales = np.empty(s, u8), np.empty(s // BLOCK, u8)
-    values, residual, most = np.empty(s, f32), np.empty(s, u32), u32(0)
+    k, s, last = len(order), codes.shape[1] - len(order), len(x) - 1
+    first, words, step = (k - s) // BLOCK, codes.view(np.uint64), np.empty(k // BLOCK, f32)
+    scratch, bits, fours = np.empty(k, u32), np.empty(k, u32), np.empty(k // 4, u32)
+    outliers, residual, scale = np.empty(s, u32), np.empty(s, u32), np.empty(s // BLOCK, f32)
+    appended, appended_scales, most = np.empty(s, u8), np.empty(s // BLOCK, u8), u32(0)
+    tail, appended_words, few = bits[k - s :], appended.view(np.uint64), fours[: s // 4]
+    gather(load(x[0], scratch), order, bits)
     for row in range(len(x)):
-        gather(x[row], order, scratch, bits)
-        plain, outliers, c, scales = bits[: k - s], bits[k - s :], codes[row], block_scales[row]
-        most = max(most, quantize_blocks(plain, tensor_scale, c[: k - s], scales[:first], block))
-        most = max(most, quantize_blocks(outliers, tensor_scale, primary, primary_scales, block))
-        residual_of(outliers, primary, primary_scales, tensor_scale, values, residual)
-        quantize_blocks(residual, tensor_scale, appended, appended_scales, block)
-        every_other(primary, primary_scales, c, scales, first)
-        every_other(appended, appended_scales, c, scales, first + 1)
+        c, scales = codes[row], block_scales[row]
+        most = max(most, scale_blocks(bits, tensor_scale, scales, step, fours))
+        for i in range(s):
+            outliers[i] = tail[i]
+        following = load(x[min(row + 1, last)], scratch)
+        encode_and_gather(bits, step, c, following, order, x[min(row + 2, last)])
+        residual_of(outliers, c[k - s :], scales[first:], tensor_scale, scale, residual)
+        quantize_blocks(residual, tensor_scale, appended, appended_scales, scale, few)
+        interleave(words[row], scales, appended_words, appended_scales)
     return most
 
 
 @kernel
 def _weight_rows(w: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
-    k, s = len(order), codes.shape[1] - len(order)
-    first = (k - s) // BLOCK
-    scratch, bits, block = np.empty(k, u32), np.empty(k, u32), np.empty(k // BLOCK, f32)
-    primary, primary_scales = np.empty(s, u8), np.empty(s // BLOCK, u8)
+    k, s, last = len(order), codes.shape[1] - len(order), len(w) - 1
+    first, words, step = (k - s) // BLOCK, codes.view(np.uint64), np.empty(k // BLOCK, f32)
+    scratch, bits, fours = np.empty(k, u32), np.empty(k, u32), np.empty(k // 4, u32)
+    gather(load(w[0], scratch), order, bits)
     for row in range(len(w)):
-        gather(w[row], order, scratch, bits)
-        plain, outliers, c, scales = bits[: k - s], bits[k - s :], codes[row], block_scales[row]
-        quantize_blocks(plain, tensor_scale, c[: k - s], scales[:first], block)
-        quantize_blocks(outliers, tensor_scale, primary, primary_scales, block)
-        every_other(primary, primary_scales, c, scales, first)
-        every_other(primary, primary_scales, c, scales, first + 1)
+        scales = block_scales[row]
+        scale_blocks(bits, tensor_scale, scales, step, fours)
+        following = load(w[min(row + 1, last)], scratch)
+        encode_and_gather(bits, step, codes[row], following, order, w[min(row + 2, last)])
+        interleave(words[row], scales, words[row, 2 * first :], scales[first : k // BLOCK])
     return u32(0)  # all of w was looked at for its tensor scale
 
 
@@ -158,48 +158,47 @@ def _rmsnorm_rows(x: Bits, weight: Float32, epsilon: f32, y: Float32, finite: ND
 
 
 @helper
-def gather(row: Bits, order: Bits, scratch: Bits, bits: Bits) -> None:
-    widen(row, scratch)  # from memory in sequence: jumping about there would wait for every cache line
+def gather(row: Bits, order: Bits, bits: Bits) -> None:
     for i in range(len(order)):
-        bits[i] = scratch[order[i]]
+        bits[i] = row[order[i]]
+
+
+@helper
+def encode_and_gather(
+    bits: Bits, step: Float32, codes: Codes, following: Bits, order: Bits, after_that: Bits
+) -> None:
+    """The codes of one row, whose bits give way to the next one's: the processor gathers while it divides.
+    The row after that is fetched in sequence: a gather from memory would wait for every cache line."""
+    for b in range(len(step)):
+        for i in range(b * BLOCK, (b + 1) * BLOCK):
+            codes[i] = nearest_e2m1(bits_of(float_of(bits[i]) / step[b]))
+        for i in range(b * BLOCK, (b + 1) * BLOCK):
+            bits[i] = following[order[i]]
+        prefetch(after_that, b * BLOCK)
 
 
 @helper
 def residual_of(
-    bits: Bits, codes: Codes, block_scales: Codes, tensor_scale: f32, values: Float32, residual: Bits
+    bits: Bits, codes: Codes, block_scales: Codes, tensor_scale: f32, scale: Float32, residual: Bits
 ) -> None:
-    """Numbers minus the exact values of their codes, each rounded once to float32, as one FMA does."""
-    for i in range(len(codes)):  # a loop of its own: it vectorizes, as part of the next it does not
-        values[i] = value_e2m1(codes[i])
-    for b in range(len(block_scales)):
-        scale = value_e4m3(block_scales[b])
+    """Numbers minus the values of their codes. The one rounding of the FMA is the normative one: the value
+    code · scale has 6 significant bits, is exact in float32, and stays exact times the tensor scale."""
+    for b in range(len(scale)):  # scratch, so that the next loop vectorizes
+        scale[b] = value_e4m3(block_scales[b])
+    for b in range(len(scale)):
         for i in range(b * BLOCK, (b + 1) * BLOCK):
-            values[i] *= scale  # 6 significant bits; 30 with the tensor scale
-    for i in range(len(bits)):
-        value = f64(values[i]) * f64(tensor_scale)
-        residual[i] = bits_of(difference(f64(float_of(bits[i])), value))
+            value = value_e2m1(codes[i]) * scale[b]
+            residual[i] = bits_of(fma(-value, tensor_scale, float_of(bits[i])))
 
 
 @helper
-def difference(a: f64, b: f64) -> f32:
-    """a − b rounded once to float32: first to float64 with an odd last bit where that rounds (the error comes
-    from Knuth's TwoSum), so that the second rounding sees on which side it is (Boldo and Melquiond 2008). The
-    reference proves that for these a and b plain float64 would do; this needs no such argument."""
-    s = a - b
-    t = s - a
-    error = (a - (s - t)) - (b + t)
-    bits, error_bits = f64(s).view(np.int64), f64(error).view(np.int64)
-    towards_zero = bits - ((bits ^ error_bits) < 0)
-    return f32(np.int64(bits if error == 0 else towards_zero | 1).view(f64))
-
-
-@helper
-def every_other(
-    codes: Codes, block_scales: Codes, all_codes: Codes, all_block_scales: Codes, first: int
-) -> None:
-    """Write blocks to the places first, first + 2, …"""
-    for b in range(len(block_scales)):
-        at = first + 2 * b
-        all_block_scales[at] = block_scales[b]
-        for i in range(BLOCK):
-            all_codes[at * BLOCK + i] = codes[b * BLOCK + i]
+def interleave(words: Bits, block_scales: Codes, appended: Bits, appended_scales: Codes) -> None:
+    """P₀ P₁ … at the end of the first K places → P₀ R₀ P₁ R₁ … at the end of all K + S, from the right:
+    nothing is overwritten before it has moved. A word holds eight codes."""
+    first = len(block_scales) - 2 * len(appended_scales)
+    for b in range(len(appended_scales) - 1, -1, -1):
+        source, at = first + b, first + 2 * b
+        block_scales[at], block_scales[at + 1] = block_scales[source], appended_scales[b]
+        for half in range(2):
+            moved, new = words[2 * source + half], appended[2 * b + half]
+            words[2 * at + half], words[2 * at + 2 + half] = moved, new

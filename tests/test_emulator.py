@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import exact
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import settings
+from numba import njit
 from support import all_bf16, assert_same_tensor, neighbours
 
 import emulator
 from arcquant_ref import NVFP4Tensor, select_top
 from arcquant_ref.formats import E2M1, E4M3, encode
+from emulator.jit import fma
 
 ROOT = Path(__file__).parent.parent
 FORMATS = {"e2m1": E2M1, "e4m3": E4M3}
@@ -257,3 +260,34 @@ def test_nan_among_bfloat16_bits_is_named_as_such():
     for dtype in ("<u2", ">u2"):
         with pytest.raises(ValueError, match=r"x\.view\(ml_dtypes\.bfloat16\): 16 of 16 elements are NaN"):
             emulator.quantize(np.full((1, 16), 0x7FC0, dtype), 1)
+
+
+def products_near_a_tie():
+    """(a, b, c) with a·b + c next to the middle of two float32, nearer than a float64 can say; and others
+    whose sum cancels or is subnormal."""
+    rng = np.random.default_rng(4)
+    c = 1 + rng.integers(0, 2**23, 400) * 2.0**-23
+    off = 2.0 ** -rng.integers(15, 23, 400)  # (1 + off)(1 - off) = 1 - off²
+    near_a_tie = 1 + off, (1 - off) * rng.choice([-(2.0**-24), 2.0**-24], 400), c
+    x, y = rng.standard_normal((2, 400))
+    cancels = x, y, -x * y
+    subnormal = x * 2.0**-70, y * 2.0**-70, c * 2.0**-140
+    return np.concatenate([near_a_tie, cancels, subnormal], axis=1).astype(np.float32)
+
+
+def test_a_residual_is_rounded_once():
+    """By the FMA, which equals rational arithmetic also where float32 after float64 does not."""
+
+    @njit
+    def each(a, b, c, out):
+        for i in range(len(a)):
+            out[i] = fma(a[i], b[i], c[i])
+
+    a, b, c = products_near_a_tie()
+    got = np.empty_like(a)
+    each(a, b, c, got)
+    terms = [[exact.Fraction(float(v)) for v in part] for part in (a, b, c)]
+    expected = np.float32([exact.as_float(x * y + z) for x, y, z in zip(*terms)])
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert (twice != expected).sum() > 100

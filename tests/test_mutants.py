@@ -143,12 +143,32 @@ EMULATOR_MUTANTS = [
     ("gemm", PRODUCT, "f32(tensor_scale_a * tensor_scale_b)", "f32(tensor_scale_a)"),
     ("formats", CODES, "u32(binade + to_magic)", "u32(binade + to_magic + (1 << 23))"),
     ("quantize", CODES, "/ E2M1_MAX / tensor_scale", "/ (E2M1_MAX * tensor_scale)"),
-    ("quantize", CODES, "/ block[b]))", "* (f32(1) / block[b])))"),  # reciprocal
+    ("quantize", CODES, "/ step[b]))", "* (f32(1) / step[b])))"),  # reciprocal
+    ("quantize", CODES, "amax = max(amax, fours[four])", "amax = fours[four]"),  # of the last four
     ("quantize", CODES, "max(v, LEAST_SCALE)", "v"),  # no floor
-    ("augment", CODES, "f64(values[i]) * f64(tensor_scale)", "f64(values[i] * tensor_scale)"),  # of the step
+    (
+        "augment",
+        CODES,
+        "fma(-value, tensor_scale, float_of(bits[i]))",
+        "float_of(bits[i]) - value * tensor_scale",
+    ),  # rounded twice
+    ("augment", CODES, "/ step[b]))", "* (f32(1) / step[b])))"),  # reciprocal
     ("quantize", CODES, "(pairs[row, i] >> 4)", "(pairs[row, i] >> 8)"),  # pack loses the odd codes
-    ("augment", CODES, "appended_scales, c, scales, first + 1", "primary_scales, c, scales, first + 1"),
+    (
+        "augment",
+        CODES,
+        "block_scales[source], appended_scales[b]",
+        "block_scales[source], block_scales[source]",
+    ),
     ("augment", CODES, "first + 2 * b", "first + b"),
+    (
+        "augment",
+        CODES,
+        "range(len(appended_scales) - 1, -1, -1)",
+        "range(len(appended_scales))",
+    ),  # overwrites
+    ("augment", CODES, "residual_of(outliers,", "residual_of(tail,"),  # the next row's
+    ("augment", CODES, "load(x[min(row + 1, last)], scratch)", "load(x[row], scratch)"),
 ]
 
 
