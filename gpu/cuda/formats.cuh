@@ -63,6 +63,31 @@ __device__ inline u32 nearest_e2m1x8(const float *x) {
 #endif
 }
 
+// The same, quicker, for eight magnitudes below 2^20, and the signs of other numbers.
+__device__ inline u32 nearest_e2m1x8(const float *signs, const float *magnitudes) {
+#if __CUDA_ARCH__ >= 1000
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = copysignf(magnitudes[i], signs[i]);
+    return cvt_e2m1x8(x);
+#else
+    // A code counts halves up to 2, ones up to 4, twos up to 6: the least of three roundings to integers, each of
+    // which is an addition whose last bit is worth 1.
+    constexpr float one = 3 << (MANTISSA - 1);
+    u32 codes = 0, sign = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float halves = __fmaf_rn(magnitudes[i], 2.0f, one), ones = __fadd_rn(magnitudes[i], one + 2);
+        float twos = __fmaf_rn(magnitudes[i], 0.5f, one + 4);
+        float code = fminf(fminf(halves, ones), fminf(twos, one + 7));
+        codes += __float_as_uint(code) << 4 * i;
+        codes -= 0x4B400000u << 4 * i;
+        sign |= __float_as_uint(signs[i]) >> (28 - 4 * i) & 8u << 4 * i;
+    }
+    return codes | sign;
+#endif
+}
+
 __device__ inline u32 nearest_e4m3(float x) {
 #if __CUDA_ARCH__ >= 890
     return cvt_e4m3(x);

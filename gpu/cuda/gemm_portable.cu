@@ -64,26 +64,31 @@ template <int TILE_N, bool EXACT> struct Pipeline {
         }
     }
 
-    __device__ void decode(const Packed<EACH> &p, int buffer) const {
+    // A quarter of each row: 8 numbers, 16 bytes.
+    __device__ void decode_chunk(const Packed<EACH> &p, int buffer, int c) const {
         u8 *to = reinterpret_cast<u8 *>(shared) + buffer * BUFFER_BYTES;
         int r = threadIdx.x / 2, half = threadIdx.x % 2;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            int row = i * 128 + r;
+            u32 codes = (u32)(p.codes[i][c / 2] >> 32 * (c % 2)), pairs[4];
+            u32 factor = fp16_scale(p.scales[i] >> 8 * (c / 2));
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
-                u32 codes = (u32)(p.codes[i][c / 2] >> 32 * (c % 2)), pairs[4];
-                u32 factor = fp16_scale(p.scales[i] >> 8 * (c / 2));
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    pairs[j] = fp16_pair(codes, j);
-                    if (!EXACT) pairs[j] = mul_f16x2(mul_f16x2(pairs[j], 0x58005800), factor); // · 2^7 · 2^7 · scale
-                }
-                *reinterpret_cast<uint4 *>(to + chunk_offset(row, half * 4 + c)) =
-                    make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            for (int j = 0; j < 4; j++) {
+                pairs[j] = fp16_pair(codes, j);
+                if (!EXACT) pairs[j] = mul_f16x2(mul_f16x2(pairs[j], 0x58005800), factor); // · 2^7 · 2^7 · scale
             }
-            if (EXACT) decode_scales(p, i, to + CODES_BYTES, row, half);
+            *reinterpret_cast<uint4 *>(to + chunk_offset(i * 128 + r, half * 4 + c)) =
+                make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
+    }
+
+    __device__ void decode(const Packed<EACH> &p, int buffer) const {
+#pragma unroll
+        for (int c = 0; c < 4; c++) decode_chunk(p, buffer, c);
+        if (!EXACT) return;
+        u8 *to = reinterpret_cast<u8 *>(shared) + buffer * BUFFER_BYTES + CODES_BYTES;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) decode_scales(p, i, to, i * 128 + threadIdx.x / 2, threadIdx.x % 2);
     }
 
     // Two scales as float32; and which exponents the 16 rows of this warp have among blocks that are not zero,
@@ -138,15 +143,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int steps = pipe.a.tiles(), warp = threadIdx.x / 32, warp_m = warp / 4 * 64, warp_n = warp % 4 * 64;
 
     float acc[MT][NT][4] = {};
-    Packed<Pipe::EACH> p;
+    Packed<Pipe::EACH> p, following;
     pipe.load(p, 0);
     pipe.decode(p, 0);
     pipe.load(p, 1);
     __syncthreads();
     for (int s = 0; s < steps; s++) {
         u32 codes = shared_address(shared) + s % 2 * Pipe::BUFFER_BYTES;
-        pipe.decode(p, (s + 1) % 2); // nobody has read that buffer since the last barrier
-        pipe.load(p, s + 2);
+        pipe.load(following, s + 2);
 #pragma unroll
         for (int group = 0; group < EXACT_GROUPS; group++) {
             u32 fa[MT][4], fb[NT / 2][4];
@@ -159,7 +163,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int j = 0; j < NT; j++)
                     mma_f16(acc[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1], acc[i][j]);
+            // while the products are under way; nobody has read that buffer since the last barrier
+            pipe.decode_chunk(p, (s + 1) % 2, group);
         }
+        p = following;
         __syncthreads();
     }
     store<MT, NT, TILE_N>(y, acc, warp_m, warp_n, m, n, __fmul_rn(*a_tensor_scale, *b_tensor_scale));
