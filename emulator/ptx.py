@@ -73,7 +73,7 @@ class Module:
         launch = Launch(
             entry, grid, block, packed(entry, args), self._addresses(entry, memory), memory, shared_bytes
         )
-        memory.begin_launch()
+        memory.launches += 1
         blocks, at_once = np.arange(prod(grid)), max(1, THREADS_AT_ONCE // (-(-prod(block) // WARP) * WARP))
         with np.errstate(all="ignore"):
             for first in range(0, len(blocks), at_once):

@@ -87,18 +87,21 @@ class Batch:
         ] = {}  # what is left to do when it opens, by its number
         self.barriers, self.warp_syncs = np.zeros(n, np.int64), np.zeros(n, np.int64)  # so many were passed
         self.stamps = watch.stamps(self.thread, self.warp_syncs, self.barriers)
+        self.block_stamps = launch.memory.launches << watch.LAUNCH_AT | self.block
         self.copies: list[Copies] = []
         self.groups = np.zeros(n, np.int64)  # of cp.async, committed by each thread
-        unset = {kind: np.full(n * stored(kind).itemsize, UNSET, u8) for kind in set(kernel.types)}
-        self.registers = [unset[kind].view(stored(kind)) for kind in kernel.types]
+        kinds = {kind: stored(kind) for kind in set(kernel.types)}
+        unset = {kind: np.full(n * dtype.itemsize, UNSET, u8).view(dtype) for kind, dtype in kinds.items()}
+        self.registers = [unset[kind] for kind in kernel.types]
         self.special = special_registers(self.thread, self.block, launch)
         self.spaces = {
             "global": launch.memory.space,
-            "shared": watch.space(
-                kernel.dynamic_from + launch.shared_bytes, len(blocks), block_size, watched=True
+            "shared": watch.shared_space(
+                kernel.dynamic_from + launch.shared_bytes, len(blocks), block_size, launch.memory.shared
             ),
-            "local": watch.space(kernel.sizes["local"], n, sharers=1),
+            "local": watch.local_space(kernel.sizes["local"], n),
         }
+        launch.memory.shared = self.spaces["shared"]
         dynamic = ("shared", kernel.dynamic_from, launch.shared_bytes)
         for name, address, size in [*kernel.symbols.values(), dynamic]:
             if name in ("shared", "local"):
@@ -283,7 +286,7 @@ class Batch:
                 values[chosen] = part
 
     def now(self, space: str) -> Array:
-        return self.block + 1 if space == "global" else self.stamps
+        return self.block_stamps if space == "global" else self.stamps
 
     def check(
         self, found: Found, verb: str, space: str, addresses: Array, lanes: Array, width: int, alignment: int
@@ -293,15 +296,14 @@ class Batch:
         if finding == watch.FINE:
             return
         kind, reason = FINDINGS[finding]
-        block, thread = self.block[lanes[i]], stamp & watch.THREAD
+        thread = stamp & watch.THREAD
         other = f"thread {coordinates(thread, self.launch.block)} of its block"
         if space == "global":
-            other = f"block {coordinates(stamp - 1, self.launch.grid)}"
+            other = f"block {coordinates(stamp & watch.BLOCK, self.launch.grid)}"
         elif thread == self.thread[lanes[i]]:
             other = "another thread of its block"
         reason = reason.format(byte=byte, alignment=alignment, other=other)
         what = f"{verb} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"
-        assert block >= 0
         self.fail(kind, int(lanes[i]), what)
 
     def where(self) -> str:

@@ -33,21 +33,42 @@ class Space(NamedTuple):
     sharers: int  # threads that share a region
 
 
-def space(
-    size: int, regions: int = 1, sharers: int = 1 << 40, first: int = 0, watched: bool = False
-) -> Space:
-    size = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
-    writer, reader = (np.zeros(size * regions * watched, np.int64) for _ in range(2))
-    data, state = (np.zeros(size * regions, u8) for _ in range(2))
-    return Space(data, state, writer, reader, first, size, sharers)
+def filled(size: int) -> int:
+    return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+
+
+def global_space(size: int) -> Space:
+    data, state, writer = np.zeros(size, u8), np.zeros(size, u8), np.zeros(size, np.int64)
+    return Space(data, state, writer, writer[:0], FIRST, size, 1 << 40)
+
+
+def local_space(size: int, threads: int) -> Space:
+    data, state = (np.zeros(filled(size) * threads, u8) for _ in range(2))
+    nothing = np.zeros(0, np.int64)
+    return Space(data, state, nothing, nothing, 0, filled(size), 1)
+
+
+def shared_space(size: int, blocks: int, threads: int, old: Space | None) -> Space:
+    """Of blocks of so many threads. The arrays of one that nobody needs any more are taken if they fit: the
+    system is slow to give new memory."""
+    if old is None or len(old.data) != filled(size) * blocks:
+        data, state = (np.zeros(filled(size) * blocks, u8) for _ in range(2))
+        writer, reader = (np.zeros(len(data), np.int64) for _ in range(2))
+        return Space(data, state, writer, reader, 0, filled(size), threads)
+    for array in (old.state, old.writer, old.reader):
+        array[:] = 0
+    return old._replace(size=filled(size), sharers=threads)
 
 
 # A stamp says who and when: thread in the block, flags, barriers that its warp and its block have passed. In
-# global memory, where blocks are compared, it is the number of the block plus one.
+# global memory, where blocks are compared, number of the block and of the launch.
 THREAD, WARP_BITS = 1023, 5
 SEVERAL_THREADS, SEVERAL_WARPS, BY_ATOMIC = 1 << 10, 1 << 11, 1 << 12
 WARP_SYNCS_AT, BARRIERS_AT = 14, 38
 WARP_SYNCS = (1 << BARRIERS_AT - WARP_SYNCS_AT) - 1
+
+
+LAUNCH_AT, BLOCK = 40, (1 << 40) - 1
 
 
 def stamps(thread: Indices, warp_syncs: Indices, barriers: Indices) -> Stamps:
@@ -118,7 +139,8 @@ def compared_with_blocks(space: Space, at: int, now: int, how: int, same: bool) 
     if len(space.writer) == 0 or how == READ:
         return FINE, 0
     before, space.writer[at] = space.writer[at], (0 if how == ATOMIC else now)
-    return (WAS_WRITTEN if how == WRITE and before not in (0, now) and not same else FINE), before
+    raced = before >> LAUNCH_AT == now >> LAUNCH_AT and before != now and how == WRITE and not same
+    return (WAS_WRITTEN if raced else FINE), before
 
 
 @kernel
@@ -205,7 +227,9 @@ class Memory:
     """The global memory of one pretended device. Buffers lie at multiples of 256 with a gap behind each."""
 
     def __init__(self) -> None:
-        self.space = space(1 << 16, first=FIRST)
+        self.space = global_space(1 << 16)
+        self.shared: Space | None = None  # of the last launch
+        self.launches = 0
         self.variables: dict[tuple[Any, str], Buffer] = {}  # of modules
         self._used = 0
         self._free: dict[int, list[int]] = {}  # size → places of buffers that nobody holds any more
@@ -232,16 +256,13 @@ class Memory:
         finalize(buffer, self._release, start, size).atexit = False
         return buffer
 
-    def begin_launch(self) -> None:
-        """Forget who wrote what: launches are ordered."""
-        self.space = self.space._replace(writer=np.zeros(self.space.size, np.int64))
-
     def _grow(self, size: int) -> None:
         self._free[size].append(self._used)
         self._used += size
         if self._used > self.space.size:
-            grown, had = space(2 * self._used, first=FIRST), self.space.size
+            grown, had = global_space(2 * self._used), self.space.size
             grown.data[:had], grown.state[:had] = self.space.data, self.space.state
+            grown.writer[:had] = self.space.writer
             self.space = grown
 
     def _release(self, start: int, size: int) -> None:

@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 store_pair(y, blockIdx.x * TILE + warp_m + 16 * i + g + 8 * h,
-                           blockIdx.y * TILE + warp_n + 8 * j + 2 * t, m, n, scaled(acc[i][j][2 * h], scale),
-                           scaled(acc[i][j][2 * h + 1], scale));
+                           blockIdx.y * TILE + warp_n + 8 * j + 2 * t, m, n, __fmul_rn(acc[i][j][2 * h], scale),
+                           __fmul_rn(acc[i][j][2 * h + 1], scale));
 }
 #endif

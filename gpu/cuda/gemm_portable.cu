@@ -130,8 +130,8 @@ __device__ inline void store(float *y, const float (&acc)[MT][NT][4], int warp_m
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 store_pair(y, blockIdx.x * TILE_M + warp_m + 16 * i + g + 8 * h,
-                           blockIdx.y * TILE_N + warp_n + 8 * j + 2 * t, m, n, scaled(acc[i][j][2 * h], scale),
-                           scaled(acc[i][j][2 * h + 1], scale));
+                           blockIdx.y * TILE_N + warp_n + 8 * j + 2 * t, m, n, __fmul_rn(acc[i][j][2 * h], scale),
+                           __fmul_rn(acc[i][j][2 * h + 1], scale));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -186,25 +186,40 @@ constexpr float NONE[4] = {};
 // Where nothing of a step is cut off before the last rounding, for all outputs of a warp: the exponents of
 // groups lie within 27 of each other and of C's, and C has no bit below 2^(E−35) because no group so far had.
 struct Range {
-    int lowest_ever = 32;
+    int lowest_ever = 32, lowest, highest;
     float bound = 0; // of |C|
-    int lowest, highest;
+    bool empty;
 
-    // `a`, `b`: which exponents occur, one bit each. Returns whether the step is plain.
-    __device__ bool step(u32 a, u32 b) {
-        bool empty = a == 0 || b == 0; // no product is nonzero: any scale would do
+    // `a`, `b`: which exponents occur, one bit each.
+    __device__ void start_step(u32 a, u32 b) {
+        empty = a == 0 || b == 0; // no product is nonzero: any scale would do
         lowest = empty ? 0 : __ffs(a) + __ffs(b) - 2 + 2 * LEAST_EXPONENT;
-        highest = empty ? lowest : 62 - __clz(a) - __clz(b) + 2 * LEAST_EXPONENT;
-        if (empty) return true;
-        lowest_ever = min(lowest_ever, lowest);
-        bool plain = highest - lowest_ever <= FRACTION_BITS - GROUP_UNIT &&
-                     bound < exp2_of(lowest + FRACTION_BITS - GROUP_UNIT + 1);
-        bound = __fadd_ru(bound, exp2_of(highest + 13)); // 4 · 16 · 6 · 6 · (15/8)² < 2^13
-        return plain;
+        highest = empty ? 0 : 62 - __clz(a) - __clz(b) + 2 * LEAST_EXPONENT;
+        if (!empty) lowest_ever = min(lowest_ever, lowest);
+    }
+    __device__ bool c_is_low() const { return bound < exp2_of(lowest + FRACTION_BITS - GROUP_UNIT + 1); }
+    __device__ bool plain() const {
+        return empty || (highest - lowest_ever <= FRACTION_BITS - GROUP_UNIT && c_is_low());
+    }
+    __device__ void end_step() { // 4 · 16 · 6 · 6 · (15/8)² < 2^13
+        if (!empty) bound = __fadd_ru(bound, exp2_of(highest + 13));
     }
 
     __device__ static float exp2_of(int n) { return __uint_as_float((u32)(n + BIAS) << MANTISSA); }
 };
+
+// The largest |C| of a warp, NaN left out: it stays NaN whatever is added.
+template <int TILES> __device__ inline float largest(const float (&acc)[TILES][4]) {
+    u32 most = 0;
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            u32 bits = __float_as_uint(acc[i][e]) & MAGNITUDE;
+            most = max(most, bits > INF ? 0 : bits);
+        }
+    return __uint_as_float(__reduce_max_sync(~0u, most));
+}
 
 // A scale's significand, 0 … 15, and its exponent; subnormals have the least and no hidden one.
 __device__ inline int scale_exponent(float scale) {
@@ -278,7 +293,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < MT; i++) of_a |= masks[warp_m / 16 + i];
 #pragma unroll
         for (int j = 0; j < NT / 2; j++) of_b |= masks[(TILE_M + warp_n) / 16 + j];
-        if (range.step(of_a, of_b)) {
+        range.start_step(of_a, of_b);
+        if (!range.c_is_low()) range.bound = largest(acc); // a sum of bounds grows faster than a sum
+        if (range.plain()) {
             float to_unit = Range::exp2_of(2 * HALF_DENORM - MANTISSA + GROUP_UNIT - range.lowest);
             float from_unit = Range::exp2_of(MANTISSA - GROUP_UNIT + range.lowest);
             u32 fa[MT][EXACT_GROUPS][4];
@@ -338,6 +355,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         } else {
             undone = (1u << MT * NT) - 1;
         }
+
+        range.end_step();
 
         if (undone) { // the accumulators turn round, so that this stands here once and needs no index into them
 #pragma unroll 1

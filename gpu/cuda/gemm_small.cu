@@ -143,7 +143,7 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
         float sum = sums[i];
         for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, sums[w * ROWS * M + i]);
         int row = row_of_b(i / M);
-        if (row < b.rows && i % M < a.rows) y[(size_t)(i % M) * b.rows + row] = scaled(sum, scale);
+        if (row < b.rows && i % M < a.rows) y[(size_t)(i % M) * b.rows + row] = __fmul_rn(sum, scale);
     }
 }
 

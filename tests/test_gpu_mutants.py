@@ -1,0 +1,423 @@
+"""Planted bugs in the CUDA sources: each changes one place, still compiles, and is caught by the interpreter
+or by a byte that differs. Two architectures: what only one of them has is changed for that one."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from support import assert_same_tensor, neighbours, optional
+from test_emulator_gemm import cancelling_pair, lone_pair, tensor_with_scales
+
+import arcquant_ref
+import emulator
+from arcquant_ref import NVFP4Tensor, layout, select_top
+from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from gpu import launch, load
+from gpu.device import Interpreted
+from gpu.face import Face
+
+optional("cupy")
+from emulator import ptx  # noqa: E402
+
+SOURCES = dict(load._sources())
+
+
+class Mutant(NamedTuple):
+    """A change of one place; `error` matches what the interpreter says where a wrong byte is not enough."""
+
+    name: str
+    old: str
+    new: str
+    error: str = ""
+
+
+UNORDERED, IN_FLIGHT = "no barrier lies in between|never written", "a cp.async still copies"
+MUTANTS = {  # architecture, probe, file → changes
+    ("120a", "exact", "ptx.cuh"): [
+        Mutant("scale registers swapped", '"r"(sfa), "r"(sfb)', '"r"(sfb), "r"(sfa)'),
+        Mutant(
+            "A registers 1 and 2 swapped",
+            '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa)',
+            '"r"(a[0]), "r"(a[2]), "r"(a[1]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa)',
+        ),
+        Mutant(
+            "B registers swapped",
+            '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(sfa)',
+            '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b1), "r"(b0), "r"(sfa)',
+        ),
+    ],
+    ("120a", "exact", "gemm_native.cu"): [
+        Mutant("scales of rows g and g + 8 swapped", "g + 8 * (t & 1)", "g + 8 * (~t & 1)"),
+        Mutant(
+            "byte-id 1: a scale of another group",
+            "return *reinterpret_cast<const u32 *>(at);",
+            "return __byte_perm(*reinterpret_cast<const u32 *>(at), 0, 0x0321);",
+        ),
+        Mutant("scales of the rows 32 further", "row / 32 * 4;", "(row / 32 ^ 1) * 4;"),
+        Mutant("scales of B's next 8 columns", "sfa[i], sfb[1]", "sfa[i], sfb[0]"),
+        Mutant(
+            "no barrier",
+            "        __syncthreads();             // of all; and no one reads step s − 1 any more\n",
+            "",
+            UNORDERED,
+        ),
+        Mutant(
+            "no wait for cp.async",
+            "        cp_async_wait<STAGES - 2>(); // step s has arrived, of this thread's copies\n",
+            "",
+            IN_FLIGHT,
+        ),
+        Mutant(
+            "waits for one step too few", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", IN_FLIGHT
+        ),
+        Mutant("a stage is refilled one step early", "int next = s + STAGES - 1;", "int next = s + STAGES;"),
+        Mutant(
+            "epilogue in two steps",
+            "float scale = __fmul_rn(*a_tensor_scale, *b_tensor_scale);",
+            "float scale = *a_tensor_scale;",
+        ),
+    ],
+    ("120a", "exact", "tiles.cuh"): [
+        Mutant(
+            "one row too many is read",
+            "bool inside = row < x.rows;",
+            "bool inside = row <= x.rows;",
+            "out of bounds|never written",
+        ),
+        Mutant(
+            "half a chunk beyond K is read",
+            "second = inside && k + BLOCK < x.k",
+            "second = inside && k < x.k",
+        ),
+        Mutant("one row too many is written", "if (m >= rows ||", "if (m > rows ||", "out of bounds"),
+        Mutant(
+            "the last odd column is not written",
+            "to[0] = y0;",
+            "if (n + 1 < columns) to[0] = y0;",
+            "never written",
+        ),
+    ],
+    ("80", "exact", "ptx.cuh"): [
+        Mutant(
+            "fp16: A registers 1 and 2 swapped",
+            '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0])',
+            '"r"(a[0]), "r"(a[2]), "r"(a[1]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0])',
+        ),
+    ],
+    ("80", "exact", "gemm_portable.cu"): [
+        Mutant("added to nearest", "__fmaf_rz(sum[e]", "__fmaf_rn(sum[e]"),
+        Mutant("a sum of more than 24 bits is thought exact", "TOO_LARGE = 0x40000000", "TOO_LARGE = 0"),
+        Mutant(
+            "a group that loses a bit is thought plain",
+            "highest - lowest_ever <= FRACTION_BITS - GROUP_UNIT",
+            "highest - lowest_ever <= FRACTION_BITS - GROUP_UNIT + 1",
+        ),
+        Mutant(
+            "lowest exponent of this step only",
+            "lowest_ever = min(lowest_ever, lowest);",
+            "lowest_ever = lowest;",
+        ),
+        Mutant("a zero group keeps its exponent", "? ea + eb : ZERO_EXPONENT", "? ea + eb : ea + eb"),
+        Mutant("a cancelled group loses its exponent", "(occupied >> g & 1) &&", "dots[g] != 0 &&"),
+        Mutant(
+            "cut off downwards", "return x < 0 ? -(long long)magnitude", "return x < 0 ? x >> min(-left, 63)"
+        ),
+        Mutant("one fraction bit less", "FRACTION_BITS = 35", "FRACTION_BITS = 34"),
+        Mutant("rounded to nearest at the end", "__ll2float_rz(total)", "__ll2float_rn(total)"),
+        Mutant("accumulators turn the wrong way", "tile % MT * 16", "tile / NT * 16"),
+        Mutant(
+            "the scale's sign counts",
+            "u32 code = p.scales[i] >> 8 * h & E4M3::magnitude;",
+            "u32 code = p.scales[i] >> 8 * h & 0xFF;",
+        ),
+        Mutant(
+            "exact: no barrier after a step",
+            "        __syncthreads();\n    }\n\n    float scale",
+            "        \n    }\n\n    float scale",
+            UNORDERED,
+        ),
+    ],
+    ("80", "fast", "gemm_portable.cu"): [
+        Mutant(
+            "fast: no barrier after a step",
+            "        __syncthreads();\n    }\n    store<",
+            "        \n    }\n    store<",
+            UNORDERED,
+        ),
+        Mutant(
+            "fast: codes rescaled by a power of two",
+            "mul_f16x2(pairs[j], 0x58005800)",
+            "mul_f16x2(pairs[j], 0x54005400)",
+        ),
+        Mutant("fast: NaN is a number", "? 0x7FFF7FFF : pair", "? pair : pair"),
+        Mutant(
+            "fast: groups out of order",
+            "for (int group = 0; group < EXACT_GROUPS; group++) {\n            u32 fa[MT][4]",
+            "for (int group = EXACT_GROUPS - 1; group >= 0; group--) {\n            u32 fa[MT][4]",
+        ),
+    ],
+    ("80", "few", "gemm_small.cu"): [
+        Mutant("small: sums added backwards", "sums[w * ROWS * M + i]", "sums[(WARPS - w) * ROWS * M + i]"),
+        Mutant(
+            "small: no wait for cp.async", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", IN_FLIGHT
+        ),
+        Mutant(
+            "small: lanes do not wait for each other",
+            ("        __syncwarp();                // of all; and no lane reads the piece before any more\n"),
+            "",
+            UNORDERED,
+        ),
+        Mutant(
+            "small: sums written over stages in use",
+            "    __syncthreads(); // the stages are free for the sums\n",
+            "",
+            UNORDERED,
+        ),
+        Mutant("small: NaN of another row", "(2 * t + (e & 1)) * 4)", "(2 * t + (~e & 1)) * 4)"),
+    ],
+    ("80", "bytes", "formats.cuh"): [
+        Mutant("ties away from zero", "(1u << (shift - 1)) - 1 + (a >> shift & 1)", "(1u << (shift - 1))"),
+    ],
+    ("120a", "bytes", "ptx.cuh"): [
+        Mutant(
+            "cvt operands swapped",
+            "cvt.rn.satfinite.e2m1x2.f32 b1, %4, %3;",
+            "cvt.rn.satfinite.e2m1x2.f32 b1, %3, %4;",
+        ),
+    ],
+    ("80", "bytes", "blocks.cuh"): [
+        Mutant("no floor under the scale", "fmaxf(v, E4M3::least_positive)", "v"),
+        Mutant(
+            "one division instead of two",
+            "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
+            "__fdiv_rn(__uint_as_float(amax), __fmul_rn(E2M1::largest, tensor_scale))",
+        ),
+        Mutant("times the reciprocal", "__fdiv_rn(x[i], step)", "__fmul_rn(x[i], __fdiv_rn(1, step))"),
+        Mutant("swizzled rows 32 off", "row / 32 % 4 * 4", "(row / 32 + 1) % 4 * 4"),
+    ],
+    ("80", "bytes", "quantize.cu"): [
+        Mutant(
+            "nibbles swapped",
+            "codes[first + 2 * i] | codes[first + 2 * i + 1] << 4",
+            "codes[first + 2 * i + 1] | codes[first + 2 * i] << 4",
+        ),
+    ],
+    ("80", "bytes", "augment.cu"): [
+        Mutant(
+            "scale padding is not written",
+            (
+                "    fill_scales((k + s) / BLOCK, inside ? (k + s) / BLOCK : 0, scales);\n"
+                "    if (!inside) return;\n"
+                "    const"
+            ),
+            "    if (!inside) return;\n    const",
+            "never written",
+        ),
+        Mutant(
+            "residual from the unrounded scale",
+            "float scale = E4M3::value(block.scale);",
+            ("float scale = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale);"),
+        ),
+        Mutant(
+            "residual rounded twice",
+            "__fmaf_rn(-value, tensor_scale, x[i])",
+            "__fsub_rn(x[i], __fmul_rn(value, tensor_scale))",
+        ),
+        Mutant("not interleaved", "first + 2 * (b - first)", "b"),
+        Mutant("weights get residuals", "augment<false>(x", "augment<true>(x"),
+        Mutant(
+            "a row is read before it is there",
+            "    __syncthreads();\n    augment_row<RESIDUAL>",
+            "    augment_row<RESIDUAL>",
+            UNORDERED,
+        ),
+        Mutant(
+            "RMSNorm: neighbouring lanes first",
+            "lanes[t] = __fadd_rn(lanes[t], lanes[t + stride]);",
+            "lanes[t] = __fadd_rn(lanes[t], lanes[2 * stride - 1 - t]);",
+        ),
+        Mutant(
+            "RMSNorm: no barrier between halves",
+            "        __syncthreads();\n        if (t < stride)",
+            "        if (t < stride)",
+            UNORDERED,
+        ),
+        Mutant(
+            "RMSNorm: weight first",
+            "__fmul_rn(__fmul_rn(row[i], r), weight[i])",
+            "__fmul_rn(row[i], __fmul_rn(r, weight[i]))",
+        ),
+    ],
+}
+ALL = [(*where, mutant) for where, mutants in MUTANTS.items() for mutant in mutants]
+
+
+class Changed(Interpreted):
+    """The interpreted device on other sources."""
+
+    def __init__(self, arch: str, sources: dict[str, str], folder: Path) -> None:
+        super().__init__(arch)
+        self._sources, self._folder = sources, folder
+
+    def ptx_of(self, source: str) -> str:
+        return load.compile_text(source, self._sources, self.arch, self._folder).ptx
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+def exact(face: Face) -> None:
+    """Ragged edges, K no multiple of 32 or 64, scales of all exponents, NaN, products where a bit decides."""
+    rng = np.random.default_rng(0)
+    for m, n, blocks, kind in (
+        (75, 131, 23, "ordinary"), (33, 70, 8, "spread"), (9, 5, 21, "far spread"),
+        (70, 2, 4, "any bits"), (128, 17, 33, "mostly zero"),
+    ):  # fmt: skip
+        a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+        assert_same_bits(face.matmul(a, b), emulator.matmul(a, b))
+    for pair in (cancelling_pair, lone_pair, lambda *_: plain_pair(rng)):
+        a, b = pair(rng, 40, 24, 5)
+        assert_same_bits(face.matmul(a, b), emulator.matmul(a, b))
+
+
+def plain_pair(rng: np.random.Generator) -> list[NVFP4Tensor]:
+    """Exponents that depend on the step alone: nothing is cut off but by the last rounding of a step."""
+    exponents = np.repeat(rng.integers(2, 15, 12), 4)
+    return [
+        NVFP4Tensor(
+            codes=rng.integers(0, 16, (rows, 64 * 12), np.uint8),
+            block_scales=(exponents << 3 | rng.integers(0, 7, (rows, 48))).astype(np.uint8),
+            tensor_scale=1,
+        )
+        for rows in (33, 65)
+    ]
+
+
+def fast(face: Face) -> None:
+    rng = np.random.default_rng(1)
+    for m, n, blocks, kind in ((75, 131, 23, "ordinary"), (33, 70, 8, "spread"), (20, 9, 9, "any bits")):
+        a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+        assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b))
+
+
+def few(face: Face) -> None:
+    rng = np.random.default_rng(2)
+    for m, n, blocks, kind in ((3, 131, 300, "spread"), (16, 20, 133, "spread"), (9, 40, 70, "rarely NaN")):
+        a, b = (
+            replace(tensor_with_scales(kind, rng, (rows, blocks * BLOCK)), tensor_scale=1) for rows in (m, n)
+        )
+        assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b, 8))
+
+
+def stress(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:
+    """Ties of the scales that the blocks get at tensor_scale = 1, tiny blocks, zeros and ordinary numbers."""
+    points = np.concatenate([E2M1.midpoints, E2M1.magnitudes])
+    scale = rng.choice([1, 1.25, 1.625, 1.875], (rows, k // BLOCK)) * np.exp2(
+        rng.integers(-13, 7, (rows, k // BLOCK))
+    )
+    x = rng.choice(points, (rows, k)) * np.repeat(scale, BLOCK, axis=1)
+    x[:, ::BLOCK] = E2M1.max * scale
+    ordinary = np.repeat(rng.random((rows, k // BLOCK)) < 0.5, BLOCK, axis=1)
+    x = np.where(ordinary, rng.standard_normal((rows, k)) * np.exp2(rng.integers(-12, 8, k)), x)
+    return (x * rng.choice([-1, 1], x.shape)).astype(np.float32)
+
+
+def on_boundaries_of_scales(tensor_scale: np.float32) -> np.ndarray:
+    """Blocks whose amax is next to where the block scale changes."""
+    amax = (E4M3.midpoints[8:].astype(np.float64) * E2M1.max * tensor_scale).astype(np.float32)
+    return np.repeat(neighbours(amax), BLOCK).reshape(-1, 6 * BLOCK)
+
+
+def almost_values(tensor_scale: np.float32) -> np.ndarray:
+    """Numbers that are values of codes but for a rounding: their residuals are tiny, of either sign, and zero
+    if the product that is subtracted is rounded as well."""
+    x = np.random.default_rng(0).standard_normal((2, 4 * BLOCK))
+    return arcquant_ref.dequantize(arcquant_ref.quantize(x, tensor_scale))
+
+
+def norm_on_ties() -> tuple[np.ndarray, np.ndarray]:
+    """One row and its weight: normalized elements are exactly E2M1 midpoints, and another order of the
+    additions would give another r."""
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((1, 1024)).astype(np.float32)
+        r, mirrored = (
+            np.float32(1) / np.sqrt(sums(x, mirror) / np.float32(1024)) for mirror in (False, True)
+        )
+        if r != mirrored:
+            break
+    targets = rng.choice(E2M1.midpoints, x.shape)
+    targets[:, ::BLOCK] = E2M1.max
+    return x, (targets / (x * r))[0].astype(np.float32)
+
+
+def sums(x: np.ndarray, mirror: bool) -> np.float32:
+    lanes = np.zeros(256, np.float32)
+    for part in (x * x).reshape(-1, 256):
+        lanes += part
+    while len(lanes) > 1:
+        low, high = np.split(lanes, 2)
+        lanes = low + (high[::-1] if mirror else high)
+    return lanes[0]
+
+
+def bytes_(face: Face) -> None:
+    rng = np.random.default_rng(3)
+    x, selection = stress(rng, 40, 336), select_top(rng.random(336).astype(np.float32), 160)
+    weight, device, small = rng.standard_normal(336).astype(np.float32), face.device, np.float32(0.0007)
+    row, on_ties = norm_on_ties()
+    for name, *arguments in [
+        ("quantize", x, 1.0),
+        ("quantize", on_boundaries_of_scales(small), small),
+        ("augment_activations", x, selection, 1.0),
+        ("augment_activations", x, selection, small),
+        ("augment_activations", almost_values(small), select_top(np.ones(4 * BLOCK), 4 * BLOCK), small),
+        ("augment_weights", x, selection),
+        ("rmsnorm_augment_activations", x, weight, 1e-5, selection, small),
+        ("rmsnorm_augment_activations", row, on_ties, 0.0, select_top(np.ones(1024), 0), 1.0),
+    ]:
+        expected: NVFP4Tensor = getattr(arcquant_ref, name)(*arguments)
+        assert_same_tensor(getattr(face, name)(*arguments), expected)
+    order = device.upload(selection.order.astype(np.int32), "int32")
+    packed = launch.augment_weights(device, device.upload(x, "float32"), order, selection.num_residual)
+    expected = arcquant_ref.augment_weights(x, selection)
+    for q in (packed, face.pack(expected)):
+        np.testing.assert_array_equal(device.download(q.codes), layout.pack(expected.codes))
+        np.testing.assert_array_equal(device.download(q.scales), layout.swizzle_128x4(expected.block_scales))
+    np.testing.assert_array_equal(face.encode_e4m3(E4M3.midpoints), emulator.encode_e4m3(E4M3.midpoints))
+
+
+PROBES: dict[str, Callable[[Face], None]] = {"exact": exact, "fast": fast, "few": few, "bytes": bytes_}
+
+
+def test_names_are_distinct():
+    assert len({mutant.name for *_, mutant in ALL}) == len(ALL) >= 18
+
+
+@pytest.mark.parametrize("arch", ["80", "120a"])
+@pytest.mark.parametrize("probe", PROBES)
+def test_unchanged_sources_pass(probe, arch, folder):
+    PROBES[probe](Face(Changed(arch, SOURCES, folder)))
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="in CI only: each mutant is compiled and run")
+@pytest.mark.parametrize(("arch", "probe", "file", "mutant"), ALL, ids=[mutant.name for *_, mutant in ALL])
+def test_the_mutant_is_caught(arch, probe, file, mutant, folder):
+    assert SOURCES[file].count(mutant.old) == 1, "the line to change has moved: update the list"
+    changed = SOURCES | {file: SOURCES[file].replace(mutant.old, mutant.new)}
+    face = Face(Changed(arch, changed, folder))
+    with pytest.raises((ptx.PtxError, ValueError, AssertionError, pytest.fail.Exception)) as caught:
+        PROBES[probe](face)
+    if mutant.error:
+        assert isinstance(caught.value, ptx.PtxError | ValueError)  # a kernel, or a download of nothing
+        assert caught.match(mutant.error)
