@@ -2,7 +2,7 @@
 
 from .augment import augment_activations, augment_weights, rmsnorm_augment_activations
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
-from .gemm import matmul, matmul_fp16
+from .gemm import matmul, matmul_fma, matmul_fp16
 from .quantize import dequantize, pack, quantize
 from .tensor_core import mma_m16n8k16, mma_m16n8k64
 
@@ -15,6 +15,7 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "matmul",
+    "matmul_fma",
     "matmul_fp16",
     "mma_m16n8k16",
     "mma_m16n8k64",

@@ -1,6 +1,7 @@
 """matmul: the chain of tensor-core steps over K, for every output, as the model of RTX Blackwell has it."""
 
 import os
+from collections.abc import Callable
 from threading import Lock
 
 import numpy as np
@@ -12,7 +13,7 @@ from arcquant_ref.formats import BLOCK, Codes, Float32, Float64
 from arcquant_ref.tensor import NVFP4Tensor
 
 from .formats import E4M3_NAN, MANTISSA, NAN, bits_of, f32, f64, float_of, value_e2m1, value_e4m3
-from .jit import helper, kernel, over_rows
+from .jit import fma, helper, kernel, over_rows
 from .tensor_core import (
     ALL_ZERO,
     FP32,
@@ -170,21 +171,34 @@ def _chain_in_integers(a_codes: Codes, sfa: Codes, b_codes: Codes, sfb: Codes, a
             acc[m, n] = c
 
 
-PIECE = 128  # of K: what one of several chains gets at a time
+PIECE, CHAINS = 128, 8  # of `matmul_fma`: what a chain gets of K at a time, and how many there are
 
 
-def matmul_fp16(a: NVFP4Tensor, b: NVFP4Tensor, chains: int = 1) -> Float32:
+def matmul_fp16(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     """a bᵀ, (M, K) and (N, K) → (M, N) float32: e2m1 · e4m3 as fp16 numbers, `mma_m16n8k16` over k = 0, 16, …
 
-    The products of codes and scales are exact in fp16; a chain starts at +0. With several chains K is dealt
-    out in pieces of 128: chain c has pieces c, c + chains, …, and the sums of the chains are added in order,
-    each addition rounded to nearest. Epilogue, NaN, sign of scales and errors as in `matmul`.
+    The products of codes and scales are exact in fp16; the chain starts at +0. Epilogue, NaN, sign of scales
+    and errors as in `matmul`.
 
     >>> from emulator import quantize
     >>> ones = quantize(np.ones((1, 32)), tensor_scale=1)
     >>> matmul_fp16(ones, ones)
     array([[34.03125]], dtype=float32)
     """
+    return _matmul_by_rows(a, b, _fp16_rows)
+
+
+def matmul_fma(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
+    """a bᵀ, (M, K) and (N, K) → (M, N) float32: exact sums of 16, each added by one float32 FMA.
+
+    K is dealt out to eight chains in pieces of 128, piece p to chain p mod 8; each starts at +0, and their
+    sums are added in order, rounded to nearest. What `gpu` does for few rows. Epilogue, NaN, sign of scales
+    and errors as in `matmul`.
+    """
+    return _matmul_by_rows(a, b, _fma_rows)
+
+
+def _matmul_by_rows(a: NVFP4Tensor, b: NVFP4Tensor, fill_rows: Callable) -> Float32:
     for name, q in (("a", a), ("b", b)):
         checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
     checks.same_depth(a.shape[1], b.shape[1])
@@ -193,7 +207,7 @@ def matmul_fp16(a: NVFP4Tensor, b: NVFP4Tensor, chains: int = 1) -> Float32:
 
     def task(start: int, stop: int) -> None:
         rows = slice(start, stop)
-        _chains(left[0][rows], left[1][rows], *right, chains, acc[rows])
+        fill_rows(left[0][rows], left[1][rows], *right, acc[rows])
 
     over_rows(task, len(y))
     _epilogue(acc, a.tensor_scale, b.tensor_scale, y)
@@ -220,19 +234,32 @@ def _decode_rows(codes: Codes, block_scales: Codes, values: Float64, exponents: 
 
 
 @kernel
-def _chains(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, chains: int, acc: Float64) -> None:
+def _fp16_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc: Float64) -> None:
     terms, exponents = np.empty(BLOCK), np.empty(BLOCK, np.int64)
     for m in range(len(a)):
         for n in range(len(b)):
+            d = f32(0)
+            for k in range(0, a.shape[1], BLOCK):
+                for i in range(BLOCK):
+                    terms[i], exponents[i] = a[m, k + i] * b[n, k + i], HOPPER.zero_exponent
+                    if terms[i] != 0:
+                        exponents[i] = exponents_a[m, k + i] + exponents_b[n, k + i]
+                d = aligned_sum(terms, exponents, d, HOPPER)
+            acc[m, n] = d
+
+
+@kernel
+def _fma_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc: Float64) -> None:
+    for m in range(len(a)):
+        for n in range(len(b)):
             total = f32(0)
-            for chain in range(chains):
+            for chain in range(CHAINS):
                 d = f32(0)
-                for first in range(chain * PIECE, a.shape[1], chains * PIECE):
+                for first in range(chain * PIECE, a.shape[1], CHAINS * PIECE):
                     for k in range(first, min(first + PIECE, a.shape[1]), BLOCK):
-                        for i in range(BLOCK):
-                            terms[i], exponents[i] = a[m, k + i] * b[n, k + i], HOPPER.zero_exponent
-                            if terms[i] != 0:
-                                exponents[i] = exponents_a[m, k + i] + exponents_b[n, k + i]
-                        d = aligned_sum(terms, exponents, d, HOPPER)
+                        group = 0.0
+                        for i in range(k, k + BLOCK):
+                            group += a[m, i] * b[n, i]
+                        d = fma(f32(group), f32(1), d)  # a group has 20 significant bits: exact in float32
                 total = d if chain == 0 else f32(total + d)
             acc[m, n] = total

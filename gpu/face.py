@@ -86,9 +86,9 @@ class Face:
     def matmul(self, a: NVFP4Tensor, b: NVFP4Tensor, exact: bool = True) -> Float32:
         """a bᵀ, (M, K) and (N, K) → (M, N) float32.
 
-        `exact`: the bits of `emulator.matmul`, those of an RTX Blackwell GPU, on any GPU. Otherwise codes
-        times scales become fp16 numbers, exactly, and are multiplied as such: the bits of
-        `emulator.matmul_fp16(a, b, chains)` on a Hopper GPU, where chains is 8 for M up to 16, and 1 above.
+        `exact`: the bits of `emulator.matmul`, those of an RTX Blackwell GPU, on any GPU. Otherwise what is
+        fast: for M up to 16 the bits of `emulator.matmul_fma`; above, codes times scales become fp16 numbers,
+        exactly, and are multiplied as such: the bits of `emulator.matmul_fp16` on a Hopper GPU.
         Errors as in `emulator.matmul`.
         """
         for name, q in (("a", a), ("b", b)):

@@ -18,6 +18,8 @@ STEP = 64  # of a product, along K
 LARGEST_DIMENSION = 2**31 - 2 * THREADS  # indices along one dimension are int
 INPUTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype → suffix of the kernels
 AMAX_BLOCKS = 1024
+# Augmenting: so many rows to a thread block, as far as they fit, where that leaves enough blocks for a GPU
+ROWS_EACH, ROWS_EACH_BYTES, MANY_ROWS = 4, 48 * 1024, 512
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,7 +134,7 @@ def rmsnorm_augment_activations(
     rest = device.zeros((1,), "uint32")
     args = [x, np.int32(rows), np.int32(k), np.int32(s), order, weight, np.float32(epsilon)]
     args += [q.tensor_scale, q.largest, rest, q.codes, q.scales]
-    _launch_rows(device, "rmsnorm_augment_activations", x, k * ITEMSIZE["float32"], THREADS, args)
+    _launch_rows(device, "rmsnorm_augment_activations", x, 1, k * ITEMSIZE["float32"], THREADS, args)
     return q, rest
 
 
@@ -140,9 +142,11 @@ def _augment(
     device: Device, operation: str, x: Array, order: Array, num_residual: int, scale: Array | None
 ) -> PackedTensor:
     (rows, k), (s, q) = _matrix("x", x), _augmented(device, x, order, num_residual, scale)
-    args = [x, np.int32(rows), np.int32(k), np.int32(s), order, q.tensor_scale, q.largest, q.codes, q.scales]
-    threads = min(THREADS, _filled(k // BLOCK, 32))
-    _launch_rows(device, operation, x, k * ITEMSIZE[x.dtype], threads, args)
+    row_bytes = k * ITEMSIZE[x.dtype]
+    each = max(1, min(ROWS_EACH, ROWS_EACH_BYTES // row_bytes)) if rows >= MANY_ROWS else 1
+    args = [x, np.int32(rows), np.int32(each), np.int32(k), np.int32(s), order, q.tensor_scale, q.largest]
+    threads = min(THREADS, each * _filled(k // BLOCK, 32))
+    _launch_rows(device, operation, x, each, row_bytes, threads, [*args, q.codes, q.scales])
     return q
 
 
@@ -157,16 +161,16 @@ def _augmented(
 
 
 def _launch_rows(
-    device: Device, operation: str, x: Array, shared_bytes: int, threads: int, args: list[Any]
+    device: Device, operation: str, x: Array, each: int, row_bytes: int, threads: int, args: list[Any]
 ) -> None:
     limit = device.shared_bytes - THREADS * ITEMSIZE["float32"]
-    if shared_bytes > limit:
+    if row_bytes > limit:
         raise ValueError(
-            f"x has K={x.shape[1]}: a row takes {shared_bytes} bytes of shared memory, a block of this GPU "
+            f"x has K={x.shape[1]}: a row takes {row_bytes} bytes of shared memory, a block of this GPU "
             f"has {limit}. Quantize the columns in parts, or pass a narrower dtype than {x.dtype}."
         )
-    grid = _filled(x.shape[0], TILE_ROWS), 1, 1
-    device.launch("augment", f"{operation}_{_input(x)}", grid, threads, args, shared_bytes)
+    grid = -(-_filled(x.shape[0], TILE_ROWS) // each), 1, 1
+    device.launch("augment", f"{operation}_{_input(x)}", grid, threads, args, each * row_bytes)
 
 
 def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True) -> Array:
@@ -201,7 +205,7 @@ NATIVE = Product("gemm_native", "gemm_native", 128, 128, 128, 4 * (2 * 128 * 32 
 EXACT = Product("gemm_portable", "gemm_exact", 128, 128, 256, 2 * (256 * 128 + 256 * 16 + 64))
 FAST = Product("gemm_portable", "gemm_fast", 128, 256, 256, 2 * 384 * 128)
 SMALL = {
-    m: Product("gemm_small", f"gemm_small_{m}", m, 16, 256, 8 * 4 * (1024 + 128 + m * 64 + 2 * m * 16))
+    m: Product("gemm_small", f"gemm_small_{m}", m, 32, 256, 8 * 3 * (2048 + 256 + m * 64 + 2 * m * 16))
     for m in (8, FEW_ROWS)
 }
 

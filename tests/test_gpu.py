@@ -1,6 +1,9 @@
 """The whole face of gpu on its own PTX, interpreted, for a GPU with and one without the NVFP4 instruction;
 and on the GPU itself where there is one. Bytes equal those of reference and emulator."""
 
+from fractions import Fraction
+
+import exact
 import ml_dtypes
 import numpy as np
 import pytest
@@ -100,6 +103,16 @@ def test_same_bytes_from_other_dtypes(face, dtype, layer, tensor_scale):
         ("augment_weights", x, selection),
     ]:
         assert_same_tensor(getattr(face, function)(*arguments), getattr(arcquant_ref, function)(*arguments))
+
+
+@on_every_device
+@pytest.mark.parametrize(("rows", "k", "s"), [(launch.MANY_ROWS + 3, 48, 16), (launch.MANY_ROWS, 544, 32)])
+def test_same_bytes_where_a_thread_block_has_several_rows(face, rows, k, s):
+    rng = np.random.default_rng(rows)
+    x = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-6, 6, k))).astype(np.float32)
+    selection = select_top(np.abs(x).max(axis=0), s)
+    for function in ("augment_activations", "augment_weights"):
+        assert_same_tensor(getattr(face, function)(x, selection), getattr(emulator, function)(x, selection))
 
 
 weights_of_a_norm = st.sampled_from(["ones", "gaussian", "wide"])
@@ -208,12 +221,12 @@ def test_products_across_tiles(face, shape, exact):
     rng = np.random.default_rng(m)
     x, w = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-6, 6, k)) for rows in (m, n))
     a, b = arcquant_ref.quantize(x), arcquant_ref.quantize(w)
-    expected = emulator.matmul(a, b) if exact else emulator.matmul_fp16(a, b, chains_for(m))
-    assert_same_bits(face.matmul(a, b, exact=exact), expected)
+    assert_same_bits(face.matmul(a, b, exact=exact), emulator.matmul(a, b) if exact else fast_product(a, b))
 
 
-def chains_for(m: int) -> int:
-    return 8 if m <= launch.FEW_ROWS else 1
+def fast_product(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
+    few_rows = len(a.codes) <= launch.FEW_ROWS
+    return emulator.matmul_fma(a, b) if few_rows else emulator.matmul_fp16(a, b)
 
 
 @on_every_device
@@ -224,7 +237,7 @@ def test_fp16_product_is_the_one_of_hopper(face, kind, size, seed):
     """m is shifted so that half the examples are more than the small kernel takes."""
     (m, n, blocks), rng = size, np.random.default_rng(seed)
     a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
-    assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b, chains_for(m)))
+    assert_same_bits(face.matmul(a, b, exact=False), fast_product(a, b))
 
 
 @on_every_device
@@ -235,7 +248,7 @@ def test_few_rows(face, m, n, blocks, seed):
     """K up to 2240: every warp has pieces of K, or some have none."""
     rng = np.random.default_rng(seed)
     a, b = (tensor_with_scales("spread", rng, (rows, blocks * BLOCK)) for rows in (m, n))
-    assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b, 8))
+    assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fma(a, b))
 
 
 @on_every_device
@@ -331,26 +344,38 @@ def test_launchers_look_at_what_they_get(face):
 
 @few
 @given(x=matrices(max_rows=5), w=matrices(max_rows=5))
-def test_the_emulator_repeats_chains_of_half_mmas(x, w):
-    """`matmul_fp16` against `mma_m16n8k16`, step by step, with one chain and with several."""
+def test_the_emulator_repeats_a_chain_of_half_mmas(x, w):
     k = min(x.shape[1], w.shape[1])
     a, b = (arcquant_ref.quantize(np.tile(m[:, :k], 5), 1.0) for m in (x, w))
-    halves = [
-        (
-            arcquant_ref.decode_e2m1(q.codes)
-            * np.repeat(arcquant_ref.decode_e4m3(q.block_scales), BLOCK, axis=1)
-        )
-        for q in (a, b)
-    ]
     left, right = (
-        np.pad(h, ((0, rows - len(h)), (0, 0))).astype(np.float16) for h, rows in zip(halves, (16, 8))
+        np.pad(arcquant_ref.dequantize(q), ((0, rows - len(q.codes)), (0, 0))).astype(np.float16)
+        for q, rows in zip((a, b), (16, 8))
     )
-    for chains in (1, 2, 8):
-        total = None
-        for chain in range(chains):
-            d = np.zeros((16, 8), np.float32)
-            for first in range(chain * 128, left.shape[1], chains * 128):
-                for i in range(first, min(first + 128, left.shape[1]), 16):
-                    d = emulator.mma_m16n8k16(left[:, i : i + 16], right[:, i : i + 16], d)
-            total = d if total is None else total + d
-        assert_same_bits(emulator.matmul_fp16(a, b, chains), total[: len(x), : len(w)].copy())
+    d = np.zeros((16, 8), np.float32)
+    for i in range(0, left.shape[1], BLOCK):
+        d = emulator.mma_m16n8k16(left[:, i : i + BLOCK], right[:, i : i + BLOCK], d)
+    assert_same_bits(emulator.matmul_fp16(a, b), d[: len(x), : len(w)].copy())
+
+
+@few
+@given(blocks=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))
+def test_the_emulator_repeats_a_chain_of_groups(blocks, seed):
+    """`matmul_fma` in rational arithmetic, one output."""
+    rng = np.random.default_rng(seed)
+    a, b = (tensor_with_scales("spread", rng, (1, blocks * BLOCK)) for _ in "ab")
+    x, w = (
+        [exact.decode(int(c), int(q.block_scales[0, i // BLOCK])) for i, c in enumerate(q.codes[0])]
+        for q in (a, b)
+    )
+    sums = [Fraction(0)] * 8
+    for first in range(0, len(x), BLOCK):
+        chain, group = first // 128 % 8, slice(first, first + BLOCK)
+        sums[chain] = exact.fl(sums[chain] + sum(p * q for p, q in zip(x[group], w[group])))
+    total = sums[0]
+    for one in sums[1:]:
+        total = exact.fl(total + one)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        y = np.float32([[float(total)]]) * np.float32(a.tensor_scale * b.tensor_scale)
+    got = emulator.matmul_fma(a, b)
+    assert np.isnan(got) == np.isnan(y)
+    assert_same_bits(got[~np.isnan(got)], y[~np.isnan(y)])

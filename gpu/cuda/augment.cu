@@ -2,65 +2,84 @@
 // P … P P₀ R₀ P₁ R₁ … (weights: P₀ P₀ P₁ P₁ …), packed, with swizzled scales; what is filled up becomes zero.
 //   residual = fl(x − e2m1 · e4m3 · tensor_scale), one rounding: an FMA, since e2m1 · e4m3 is exact.
 // Equals emulator/augment.py: augment_activations, augment_weights, rmsnorm_augment_activations.
-// Launch: a block a row, rows filled up to 128s; the row lies in dynamic shared memory: K numbers as they come
-// (after RMSNorm: as float32). RMSNorm: 256 threads, which its order of additions needs.
+// Launch: grid ⌈rows filled up to 128s / rows_each⌉, and rows_each rows to a thread block, in dynamic shared memory:
+// K numbers as they come (after RMSNorm: as float32, and one row). RMSNorm: 256 threads, which its additions need.
 #include "blocks.cuh"
 
 constexpr int LANES = 256;
 extern __shared__ uint4 shared_row[];
 
+// 32 blocks of one row, one a lane, from `chunk` · 32 on.
 template <bool RESIDUAL, class T>
-__device__ inline void augment_row(const T *staged, int k, int s, const int *order, float tensor_scale,
-                                   u32 *largest, u8 *codes, u8 *scales) {
-    int row = blockIdx.x, blocks = (k + s) / BLOCK, tiles = (blocks + 3) / 4, first = (k - s) / BLOCK;
+__device__ inline void augment_chunk(const T *staged, int row, int chunk, int k, int s, const int *order,
+                                     float tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
+    int blocks = (k + s) / BLOCK, tiles = (blocks + 3) / 4, first = (k - s) / BLOCK;
+    int b = chunk * 32 + threadIdx.x % 32;
+    if (b >= k / BLOCK) return;
     codes += (size_t)row * (k + s) / 2;
-    for (int b = threadIdx.x; b < k / BLOCK; b += blockDim.x) {
-        float x[BLOCK];
+    float x[BLOCK];
 #pragma unroll
-        for (int i = 0; i < BLOCK; i += 4) {
-            int4 at = *reinterpret_cast<const int4 *>(order + b * BLOCK + i);
-            x[i] = staged[at.x].value(), x[i + 1] = staged[at.y].value();
-            x[i + 2] = staged[at.z].value(), x[i + 3] = staged[at.w].value();
-        }
-        u32 amax = amax_bits(x);
-        tell_non_finite(largest, amax);
-        Block block = quantize_block(x, tensor_scale, amax);
-        int to = b < first ? b : first + 2 * (b - first);
-        store_codes(codes + to * (BLOCK / 2), block);
-        scales[scale_offset(row, to, tiles)] = block.scale;
-        if (b < first) continue;
-        if (RESIDUAL) {
-            float scale = E4M3::value(block.scale);
+    for (int i = 0; i < BLOCK; i += 4) {
+        int4 at = *reinterpret_cast<const int4 *>(order + b * BLOCK + i);
+        x[i] = staged[at.x].value(), x[i + 1] = staged[at.y].value();
+        x[i + 2] = staged[at.z].value(), x[i + 3] = staged[at.w].value();
+    }
+    u32 amax = amax_bits(x);
+    tell_non_finite(largest, amax);
+    Block block = quantize_block(x, tensor_scale, amax);
+    int to = b < first ? b : first + 2 * (b - first);
+    store_codes(codes + to * (BLOCK / 2), block);
+    scales[scale_offset(row, to, tiles)] = block.scale;
+    if (b < first) return;
+    if (RESIDUAL) {
+        float scale = E4M3::value(block.scale);
 #pragma unroll
-            for (int i = 0; i < BLOCK; i++) {
-                float value = __fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale);
-                x[i] = __fmaf_rn(-value, tensor_scale, x[i]);
-            }
-            block = quantize_block(x, tensor_scale, amax_bits(x));
+        for (int i = 0; i < BLOCK; i++) {
+            float value = __fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale);
+            x[i] = __fmaf_rn(-value, tensor_scale, x[i]);
         }
-        store_codes(codes + (to + 1) * (BLOCK / 2), block);
-        scales[scale_offset(row, to + 1, tiles)] = block.scale;
+        block = quantize_block(x, tensor_scale, amax_bits(x));
+    }
+    store_codes(codes + (to + 1) * (BLOCK / 2), block);
+    scales[scale_offset(row, to + 1, tiles)] = block.scale;
+}
+
+// All blocks of `rows_here` rows, shared out among warps: the last blocks first, which have a residual and take
+// twice as long.
+template <bool RESIDUAL, class T>
+__device__ inline void augment_rows(const T *staged, int first_row, int rows_here, int k, int s, const int *order,
+                                    float tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
+    int chunks = (k / BLOCK + 31) / 32;
+    for (int i = threadIdx.x / 32; i < chunks * rows_here; i += blockDim.x / 32) {
+        int row = i % rows_here;
+        augment_chunk<RESIDUAL>(staged + row * k, first_row + row, chunks - 1 - i / rows_here, k, s, order,
+                                tensor_scale, largest, codes, scales);
     }
 }
 
-// Zero where no block is: all of a row beyond the last, else what fills the last tile.
-__device__ inline void fill_scales(int blocks, int from, u8 *scales) {
+// Zero where no block is: in all of a row beyond the last one, else in what fills the last tile.
+__device__ inline void fill_scales(int row, int rows, int blocks, u8 *scales) {
     int tiles = (blocks + 3) / 4;
-    for (int c = from + threadIdx.x; c < 4 * tiles; c += blockDim.x)
-        scales[scale_offset(blockIdx.x, c, tiles)] = 0;
+    for (int c = (row < rows ? blocks : 0) + threadIdx.x; c < 4 * tiles; c += blockDim.x)
+        scales[scale_offset(row, c, tiles)] = 0;
 }
 
 template <bool RESIDUAL, class T>
-__device__ inline void augment(const T *x, int rows, int k, int s, const int *order, const float *tensor_scale,
-                               u32 *largest, u8 *codes, u8 *scales) {
-    bool inside = blockIdx.x < rows;
-    fill_scales((k + s) / BLOCK, inside ? (k + s) / BLOCK : 0, scales);
-    if (!inside) return;
-    const uint4 *source = reinterpret_cast<const uint4 *>(x + (size_t)blockIdx.x * k);
-    for (int i = threadIdx.x; i < k * (int)sizeof(T) / 16; i += blockDim.x) shared_row[i] = source[i];
+__device__ inline void augment(const T *x, int rows, int rows_each, int k, int s, const int *order,
+                               const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
+    int first_row = blockIdx.x * rows_each, filled = (rows + 127) / 128 * 128;
+    for (int row = first_row; row < min(first_row + rows_each, filled); row++)
+        fill_scales(row, rows, (k + s) / BLOCK, scales);
+    int rows_here = min(rows_each, rows - first_row);
+    if (rows_here <= 0) return;
+    const uint4 *source = reinterpret_cast<const uint4 *>(x + (size_t)first_row * k);
+    for (int i = threadIdx.x; i < rows_here * (k * (int)sizeof(T) / 16); i += blockDim.x)
+        cp_async16(shared_address(shared_row + i), source + i, 16);
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();
-    augment_row<RESIDUAL>(reinterpret_cast<const T *>(shared_row), k, s, order, *tensor_scale, largest, codes,
-                          scales);
+    augment_rows<RESIDUAL>(reinterpret_cast<const T *>(shared_row), first_row, rows_here, k, s, order,
+                           *tensor_scale, largest, codes, scales);
 }
 
 // lanes[t] = Σ fl(x[k]²) over k = t, t + 256, …, added in this order; then halves are added: t and t + 128, …
@@ -84,9 +103,8 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
                                        float epsilon, const float *tensor_scale, u32 *largest, u32 *rest,
                                        u8 *codes, u8 *scales) {
     __shared__ float lanes[LANES];
-    bool inside = blockIdx.x < rows;
-    fill_scales((k + s) / BLOCK, inside ? (k + s) / BLOCK : 0, scales);
-    if (!inside) return;
+    fill_scales(blockIdx.x, rows, (k + s) / BLOCK, scales);
+    if (blockIdx.x >= rows) return;
     float *row = reinterpret_cast<float *>(shared_row);
     for (int b = threadIdx.x; b < k / BLOCK; b += blockDim.x) {
         float values[BLOCK];
@@ -107,19 +125,20 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
     }
     if (bad) atomicMax(rest, rows - blockIdx.x);
     __syncthreads();
-    augment_row<true>(reinterpret_cast<const F32 *>(row), k, s, order, *tensor_scale, largest, codes, scales);
+    augment_rows<true>(reinterpret_cast<const F32 *>(row), blockIdx.x, 1, k, s, order, *tensor_scale, largest,
+                       codes, scales);
 }
 
 #define AUGMENT(name, T)                                                                                     \
-    extern "C" __global__ void augment_activations_##name(const T *x, int rows, int k, int s,                \
+    extern "C" __global__ void augment_activations_##name(const T *x, int rows, int rows_each, int k, int s, \
                                                           const int *order, const float *tensor_scale,       \
                                                           u32 *largest, u8 *codes, u8 *scales) {             \
-        augment<true>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                           \
+        augment<true>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);                \
     }                                                                                                        \
-    extern "C" __global__ void augment_weights_##name(const T *x, int rows, int k, int s, const int *order,  \
-                                                      const float *tensor_scale, u32 *largest, u8 *codes,    \
-                                                      u8 *scales) {                                          \
-        augment<false>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                          \
+    extern "C" __global__ void augment_weights_##name(const T *x, int rows, int rows_each, int k, int s,     \
+                                                      const int *order, const float *tensor_scale,           \
+                                                      u32 *largest, u8 *codes, u8 *scales) {                 \
+        augment<false>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);               \
     }                                                                                                        \
     extern "C" __global__ void rmsnorm_augment_activations_##name(                                           \
         const T *x, int rows, int k, int s, const int *order, const float *weight, float epsilon,            \

@@ -1,16 +1,18 @@
-// Y = A·Bᵀ for M up to 8 or 16, as fast as B can be read: e2m1·e4m3 as fp16, exact, in fp16 mma.m16n8k16 whose
-// 16 rows are rows of B. K is dealt out in pieces of 128 to eight warps, piece p to warp p mod 8; each warp
-// chains its pieces over k = 0, 16, … from +0, and the eight sums are added in order, rounded to nearest.
-// Equals emulator/gemm.py: matmul_fp16(a, b, chains=8).
+// Y = A·Bᵀ for M up to 8 or 16, as fast as B can be read. A group of 16 along K is one fp16 mma.m16n8k16 with C = 0:
+// e2m1·e4m3 of A by e2m1 of B, exact; times B's scale it is added in float32 by one FMA. The 16 rows of an MMA are
+// rows of B. K is dealt out in pieces of 128 to eight warps, piece p to warp p mod 8; each warp chains its groups
+// in order from +0, and the eight sums are added in order, rounded to nearest.
+// Equals emulator/gemm.py: matmul_fma.
 //
-// Launch: grid (1, 8·⌈N/128⌉), 256 threads. A block takes rows 4q … 4q+3, and those 32, 64 and 96 further, of a
-// tile of 128: their scales are 64 neighbouring bytes for each 64 along K. Dynamic shared memory: STAGES pieces
+// Launch: grid (1, 4·⌈N/128⌉), 256 threads. A block takes rows 8q … 8q+7, and those 32, 64 and 96 further, of a
+// tile of 128: their scales are 128 neighbouring bytes for each 64 along K. Dynamic shared memory: STAGES pieces
 // for each warp, which waits for nobody but itself.
 #include "tiles.cuh"
 
-constexpr int WARPS = 8, STAGES = 4, PIECE = 128, ROWS = 16;
-constexpr int ROW_BYTES = PIECE / 2, STEPS = PIECE / 64, SCALES = 64; // of B, for one step of 64
-constexpr u32 SIGNS = 0x80008000, FIELDS = 0x0E000E00;
+constexpr int WARPS = 8, STAGES = 3, PIECE = 128, ROWS = 32, TILES = ROWS / 16;
+constexpr int ROW_BYTES = PIECE / 2, STEPS = PIECE / 64, SCALES = ROWS * 4; // of B, for one step of 64
+constexpr u32 SIGNS = 0x80008000, FIELDS = 0x0E000E00, MAGNITUDES = 0x7F7F7F7F;
+constexpr float NONE[4] = {};
 extern __shared__ uint4 shared[];
 
 template <int M> struct Stage {
@@ -21,7 +23,7 @@ template <int M> struct Stage {
 // Four chunks of 16 bytes a row, turned so that the same chunk of 8 rows meets all 32 banks once.
 __device__ inline int chunk_offset(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ row >> 1) & 3) * 16; }
 
-__device__ inline int row_of_b(int i) { return blockIdx.y / 8 * 128 + i / 4 * 32 + blockIdx.y % 8 * 4 + i % 4; }
+__device__ inline int row_of_b(int i) { return blockIdx.y / 4 * 128 + i / 8 * 32 + blockIdx.y % 4 * 8 + i % 8; }
 
 template <int M> __device__ inline void load_piece(u32 stage, const Operand &a, const Operand &b, int piece) {
     int lane = threadIdx.x % 32, chunk = lane % 4, k = piece * PIECE + chunk * 32;
@@ -31,11 +33,11 @@ template <int M> __device__ inline void load_piece(u32 stage, const Operand &a, 
 #pragma unroll
     for (int i = lane / 4; i < M; i += 8)
         copy_codes(stage + Stage<M>::a_codes + chunk_offset(i, chunk), a, i, k);
-    if (lane < STEPS * 4) { // 64 bytes a step
-        int step = piece * STEPS + lane / 4;
+    if (lane < STEPS * SCALES / 16) { // 128 bytes a step
+        int step = piece * STEPS + lane / 8;
         bool inside = step < b.tiles();
-        size_t tile = (size_t)(blockIdx.y / 8) * b.tiles() + (inside ? step : 0);
-        cp_async16(stage + Stage<M>::b_scales + lane * 16, b.scales + tile * 512 + blockIdx.y % 8 * SCALES + chunk * 16,
+        size_t tile = (size_t)(blockIdx.y / 4) * b.tiles() + (inside ? step : 0);
+        cp_async16(stage + Stage<M>::b_scales + lane * 16, b.scales + tile * 512 + blockIdx.y % 4 * SCALES + lane % 8 * 16,
                    inside ? 16 : 0);
     }
     if (lane < STEPS * M) { // a row's four bytes, and those of three rows that are not there
@@ -46,74 +48,103 @@ template <int M> __device__ inline void load_piece(u32 stage, const Operand &a, 
     }
 }
 
-// The four scales of a row for 64 along K, each as an fp16 pair times 2^7; NaN is told apart, the sign dropped.
-struct Scales {
-    u32 pairs[4], nan;
-    __device__ explicit Scales(const u8 *at) {
-        u32 magnitudes = *reinterpret_cast<const u32 *>(at) & 0x7F7F7F7F;
-        nan = (magnitudes + 0x01010101) & 0x80808080;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            u32 two = __byte_perm(magnitudes, 0, h == 0 ? 0x4140 : 0x4342) << 7; // fields where fp16 has them
-            two = mul_f16x2(two, 0x78007800);                                    // · 2^15
-            pairs[2 * h] = __byte_perm(two, 0, 0x1010), pairs[2 * h + 1] = __byte_perm(two, 0, 0x3232);
-        }
-    }
-};
+// Not zero if one of four scales is NaN. Their signs are ignored.
+__device__ inline u32 has_nan(u32 scales) { return ((scales & MAGNITUDES) + 0x01010101) & ~MAGNITUDES; }
 
-// Codes 4t … 4t + 3 of a block → two fp16 pairs, (0, 2) and (1, 3), times the scale. So k is permuted within a
-// block, in both operands alike.
-__device__ inline void decode(u32 (&pairs)[2], const u8 *at, u32 scale) {
+// Codes 4t … 4t + 3 of a block → two fp16 pairs, (0, 2) and (1, 3), each value times 2^-14: the fields moved to
+// where fp16 has them. So k is permuted within a block, in both operands alike.
+__device__ inline void decode(u32 (&pairs)[2], const u8 *at) {
     u32 codes = __byte_perm(*reinterpret_cast<const u16 *>(at), 0, 0x4140);
     pairs[0] = (codes << 12 & SIGNS) | (codes << 9 & FIELDS);
     pairs[1] = (codes << 8 & SIGNS) | (codes << 5 & FIELDS);
-#pragma unroll
-    for (int i = 0; i < 2; i++) pairs[i] = mul_f16x2(mul_f16x2(pairs[i], 0x58005800), scale); // 2^-14 · 2^7 · 2^7
 }
 
-template <int M>
-__device__ inline void multiply_piece(float (&acc)[M / 8][4], u32 (&nan_b)[2], u32 (&nan_a)[M / 8],
-                                      const u8 *stage) {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+// Scale `block` of four as an fp16 pair, times 2^7: its fields moved, times 2^15, exactly.
+__device__ inline u32 fp16_scale(u32 scales, int block) {
+    u32 one = scales >> 8 * block & E4M3::magnitude;
+    return mul_f16x2((one << 7) * 0x10001, 0x78007800);
+}
+
+// The same as float32, exactly: the fields moved, times 2^120.
+__device__ inline float scale_of(u32 scales, int block) {
+    u32 fields = block < 3 ? scales << (20 - 8 * block) : scales >> 4;
+    return __fmul_rn(__uint_as_float(fields & E4M3::magnitude << E4M3::shift), power_of_two(BIAS - E4M3::bias));
+}
+
+template <int M> struct Sums {
+    float acc[TILES][M / 8][4] = {}; // times 2^-14
+    u32 nan_b[TILES][2] = {}, nan_a[M / 8] = {};
+
+    __device__ void add_piece(const u8 *stage) {
+        int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        const u8 *of_b = stage + Stage<M>::b_scales + step * SCALES + g % 4 * 16 + g / 4 * 4;
-        const Scales upper(of_b), lower(of_b + 8); // of rows g and g + 8
-        nan_b[0] |= upper.nan, nan_b[1] |= lower.nan;
-        u32 of_a[M / 8][4];
-#pragma unroll
-        for (int i = 0; i < M / 8; i++) {
-            const Scales row(stage + Stage<M>::a_scales + (step * M + 8 * i + g) * 16);
-            nan_a[i] |= row.nan;
-#pragma unroll
-            for (int block = 0; block < 4; block++) of_a[i][block] = row.pairs[block];
-        }
-#pragma unroll
-        for (int block = 0; block < 4; block++) {
-            int chunk = 2 * step + block / 2, inside = block % 2 * 8 + 2 * t;
-            u32 b_upper[2], b_lower[2];
-            decode(b_upper, stage + chunk_offset(g, chunk) + inside, upper.pairs[block]);
-            decode(b_lower, stage + chunk_offset(g + 8, chunk) + inside, lower.pairs[block]);
-            const u32 fb[4] = {b_upper[0], b_lower[0], b_upper[1], b_lower[1]};
+        for (int step = 0; step < STEPS; step++) {
+            // of rows g, g + 8, g + 16, g + 24
+            uint4 four = *reinterpret_cast<const uint4 *>(stage + Stage<M>::b_scales + step * SCALES + g * 16);
+            const u32 of_b[TILES][2] = {{four.x, four.y}, {four.z, four.w}};
+            u32 of_a[M / 8];
 #pragma unroll
             for (int i = 0; i < M / 8; i++) {
-                u32 fa[2];
-                decode(fa, stage + Stage<M>::a_codes + chunk_offset(8 * i + g, chunk) + inside, of_a[i][block]);
-                mma_f16(acc[i], fb, fa[0], fa[1], acc[i]);
+                const u8 *at = stage + Stage<M>::a_scales + (step * M + 8 * i + g) * 16;
+                of_a[i] = *reinterpret_cast<const u32 *>(at);
+                nan_a[i] |= has_nan(of_a[i]);
+            }
+#pragma unroll
+            for (int j = 0; j < TILES; j++) nan_b[j][0] |= has_nan(of_b[j][0]), nan_b[j][1] |= has_nan(of_b[j][1]);
+#pragma unroll
+            for (int block = 0; block < 4; block++) {
+                int chunk = 2 * step + block / 2, inside = block % 2 * 8 + 2 * t;
+                u32 fa[M / 8][2];
+#pragma unroll
+                for (int i = 0; i < M / 8; i++) {
+                    u32 scale = fp16_scale(of_a[i], block);
+                    decode(fa[i], stage + Stage<M>::a_codes + chunk_offset(8 * i + g, chunk) + inside);
+#pragma unroll
+                    for (int p = 0; p < 2; p++) fa[i][p] = mul_f16x2(mul_f16x2(fa[i][p], 0x58005800), scale); // · 2^7
+                }
+#pragma unroll
+                for (int j = 0; j < TILES; j++) {
+                    u32 upper[2], lower[2];
+                    decode(upper, stage + chunk_offset(16 * j + g, chunk) + inside);
+                    decode(lower, stage + chunk_offset(16 * j + g + 8, chunk) + inside);
+                    const u32 fb[4] = {upper[0], lower[0], upper[1], lower[1]};
+                    const float scales[2] = {scale_of(of_b[j][0], block), scale_of(of_b[j][1], block)};
+#pragma unroll
+                    for (int i = 0; i < M / 8; i++) {
+                        float dot[4];
+                        mma_f16(dot, fb, fa[i][0], fa[i][1], NONE);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) acc[j][i][e] = __fmaf_rn(dot[e], scales[e >> 1], acc[j][i][e]);
+                    }
+                }
             }
         }
     }
-}
+
+    // To (ROWS, M) float32 of this warp, NaN where a scale was.
+    __device__ void store(float *to) const {
+        int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+#pragma unroll
+            for (int i = 0; i < M / 8; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    u32 nan = nan_b[j][e >> 1] | __shfl_sync(~0u, nan_a[i], (2 * t + (e & 1)) * 4);
+                    to[(16 * j + g + 8 * (e >> 1)) * M + 8 * i + 2 * t + (e & 1)] =
+                        nan ? __uint_as_float(NAN_BITS) : acc[j][i][e];
+                }
+    }
+};
 
 template <int M>
 __device__ inline void small(const Operand &a, const Operand &b, float scale, float *y) {
-    int pieces = (a.tiles() + STEPS - 1) / STEPS, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    int t = threadIdx.x % 4, mine = warp * STAGES * Stage<M>::bytes;
+    int pieces = (a.tiles() + STEPS - 1) / STEPS, warp = threadIdx.x / 32;
+    int mine = warp * STAGES * Stage<M>::bytes;
     const u8 *stages = reinterpret_cast<const u8 *>(shared) + mine;
     u32 to = shared_address(shared) + mine;
 
-    float acc[M / 8][4] = {};
-    u32 nan_b[2] = {}, nan_a[M / 8] = {};
+    Sums<M> warp_sums;
     for (int s = 0; s < STAGES - 1; s++) {
         if (warp + WARPS * s < pieces) load_piece<M>(to + s * Stage<M>::bytes, a, b, warp + WARPS * s);
         cp_async_commit();
@@ -124,25 +155,19 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
         int next = piece + WARPS * (STAGES - 1);
         if (next < pieces) load_piece<M>(to + (s + STAGES - 1) % STAGES * Stage<M>::bytes, a, b, next);
         cp_async_commit();
-        multiply_piece<M>(acc, nan_b, nan_a, stages + s % STAGES * Stage<M>::bytes);
+        warp_sums.add_piece(stages + s % STAGES * Stage<M>::bytes);
     }
     cp_async_wait<0>();
     __syncthreads(); // the stages are free for the sums
 
     float *sums = reinterpret_cast<float *>(shared); // (WARPS, ROWS, M)
-#pragma unroll
-    for (int i = 0; i < M / 8; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            u32 nan = nan_b[e >> 1] | __shfl_sync(~0u, nan_a[i], (2 * t + (e & 1)) * 4);
-            sums[(warp * ROWS + g + 8 * (e >> 1)) * M + 8 * i + 2 * t + (e & 1)] =
-                nan ? __uint_as_float(NAN_BITS) : acc[i][e];
-        }
+    warp_sums.store(sums + warp * ROWS * M);
     __syncthreads();
     for (int i = threadIdx.x; i < ROWS * M; i += WARPS * 32) {
         float sum = sums[i];
         for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, sums[w * ROWS * M + i]);
         int row = row_of_b(i / M);
+        sum = __fmul_rn(sum, power_of_two(14));
         if (row < b.rows && i % M < a.rows) y[(size_t)(i % M) * b.rows + row] = __fmul_rn(sum, scale);
     }
 }
