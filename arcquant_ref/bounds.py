@@ -1,6 +1,6 @@
 """Error bounds: sharp constants, element and output bounds, and a check that names its worst witness.
 
-Real arithmetic unless said otherwise; `amax` is the largest |x| of a block. Source: docs/spec.md, section 6.
+Real arithmetic unless said otherwise; `amax` is the largest |x| of a block. Derivations: docs/bounds.md.
 """
 
 from bisect import bisect_right
@@ -81,12 +81,12 @@ MXFP8_CEILING = _supremum_mx(E4M3, *_ceiling_range(E4M3))  # 1/17, attained
 MXFP8_FLOOR = _supremum_mx(E4M3, *_floor_range(E4M3))  # 1/8, not attained
 MXFP4_CEILING = _supremum_mx(E2M1, *_ceiling_range(E2M1))  # 1/5, attained
 MXFP4_FLOOR = _supremum_mx(E2M1, *_floor_range(E2M1))  # 1/4, not attained
-PAPER_ARC = Fraction(9, 8) ** 2 / 2**4  # as arXiv 2601.07475 states it: docs/spec.md, section 6
+PAPER_ARC = Fraction(9, 8) ** 2 / 2**4  # as arXiv 2601.07475 states it
 PAPER_MXFP8 = Fraction(2) / 2**4
 
 # Float32 rounding, in units of 2⁻²⁴ of the bound. The quotient x / step and its step move an element at a
 # midpoint m by 2m steps where the bound is half a gap there: at most 14 (m = 1.75 and 3.5). Rounding the
-# residual adds at most 7. amax / 6 / tensor_scale is 2 off, which can move amax across a threshold.
+# residual adds at most 7 there. amax / 6 / tensor_scale is 2 off, which can move amax across a threshold.
 # Absolute: below 2⁻¹²⁶ the same quantities are within 2⁻¹⁵⁰ and are scaled by at most 6 + 5.
 ROUNDING_RELATIVE = 2.0**-19
 ROUNDING_ABSOLUTE = 2.0**-146
@@ -231,7 +231,7 @@ class Certificate:
     activation    Σ_k bound(x[m, k]) · |ŵ[n, k]|: from the amax of each block of x alone
     weight        Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|, known offline but for x
     accumulation  rounding of the product, by any backend; and of y itself
-    y, y_hat      x wᵀ in float64, and the product of the reference
+    y, y_hat      x wᵀ in float64, of x and w as float32, and the product of the reference
     """
 
     activation: Float64
@@ -313,7 +313,8 @@ def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> Float64:
     scale = np.float64(a.tensor_scale) * np.float64(b.tensor_scale)
     largest = np.abs(total) + error
     bound = error * scale + largest * (scale * 2.0**-22 + 2.0**-149) + 2.0**-149
-    return np.where((largest + 1) * scale < np.finfo(np.float32).max / 2, bound * (1 + 2.0**-40), np.inf)
+    bound *= 1 + 2.0**-20  # for float64: n steps are less than 4 n² · 2⁻⁵³ of it off, and n < 2¹⁵
+    return np.where((largest + 1) * scale < np.finfo(np.float32).max / 2, bound, np.inf)
 
 
 def _chain_operand(name: str, q: NVFP4Tensor) -> list[tuple[NDArray, NDArray]]:
@@ -330,7 +331,7 @@ def worst(true: Float64, got: Float64, bound: Float64) -> Check:
     """The element of three (M, N) float64 matrices with the largest |true − got| / bound; NaN counts as ∞."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.abs(true - got) / bound
-    ratio = np.where(true == got, 0.0, np.nan_to_num(ratio, nan=np.inf))
+    ratio = np.where(true == got, 0.0, np.nan_to_num(ratio, nan=np.inf, posinf=np.inf))
     i, j = (int(n) for n in np.unravel_index(np.argmax(ratio), ratio.shape))
     return Check(
         worst_ratio=float(ratio[i, j]),

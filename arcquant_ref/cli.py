@@ -151,17 +151,25 @@ def run_bounds(args: argparse.Namespace) -> int:
 
 def _print_certificate(certificate: bounds.Certificate, as_json: bool) -> int:
     check, bound = certificate.check(certificate.y_hat), certificate.bound
+    bounded = np.isfinite(bound)
     share = {
-        part: float(np.mean(getattr(certificate, part) / bound))
+        part: float(np.sum(getattr(certificate, part)[bounded] / bound[bounded]) / max(bounded.sum(), 1))
         for part in ("activation", "weight", "accumulation")
     }
-    tightness = {"mean": float(certificate.tightness.mean()), "worst": check.worst_ratio}
+    mean = float(certificate.tightness[bounded].sum() / max(bounded.sum(), 1))
+    tightness = {"mean": mean, "worst": check.worst_ratio}
+    without_bound = int((~bounded).sum())
     if as_json:
-        _print_json(asdict(check) | {"holds": check.holds, "share": share, "tightness": tightness})
+        _print_json(
+            asdict(check)
+            | {"holds": check.holds, "share": share, "tightness": tightness, "without_bound": without_bound}
+        )
     else:
         print(f"{bound.shape[0]} x {bound.shape[1]} outputs: {check}")
-        print(f"mean error / bound {tightness['mean']:.4f}; of the bound, on average")
+        print(f"mean error / bound {mean:.4f}; of the bound, on average")
         _print_tree({f"  {part}": f"{100 * value:.3g} %" for part, value in share.items()})
+        if without_bound:
+            print(f"{without_bound} of them may overflow float32 and have no bound")
     return int(not check.holds)
 
 

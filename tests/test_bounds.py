@@ -283,6 +283,7 @@ def test_worst_reports_the_witness_and_nan_is_a_violation():
     true, got = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[1.0, 2.5], [3.0, 4.25]])
     check = bounds.worst(true, got, np.array([[1.0, 1.0], [1.0, 0.25]]))
     assert check == bounds.Check(worst_ratio=1.0, index=(1, 1), true=4.0, got=4.25, bound=0.25)
-    got[0, 0] = np.nan
-    assert not bounds.worst(true, got, np.ones((2, 2))).holds
+    for violation in (np.nan, np.inf):
+        got[0, 0] = violation
+        assert bounds.worst(true, got, np.ones((2, 2))).worst_ratio == np.inf
     assert bounds.worst(true, true, np.zeros((2, 2))).worst_ratio == 0

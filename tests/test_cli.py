@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -116,6 +117,11 @@ def test_bounds_proves_them_and_draws_them(capsys, monkeypatch):
     with open("b.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
     assert json.loads(run(capsys, "bounds --prove --json"))["rows"]["bfloat16"][0]["worst_ratio"] <= 1
+    mx = prove.MX["MXFP8, ceiling scale"]
+    with monkeypatch.context() as patch:
+        patch.setitem(prove.MX, "MXFP8, ceiling scale", mx._replace(constant=Fraction(1, 18)))
+        assert main(["bounds", "--prove"]) == 1
+        assert capsys.readouterr().out.endswith("BOUND VIOLATED\n")
     bound = bounds.nvfp4_in_units
     monkeypatch.setattr(bounds, "nvfp4_in_units", lambda amax: 0.999 * bound(amax))
     assert main(["bounds", "--prove"]) == 1
@@ -131,6 +137,12 @@ def test_bounds_certifies_a_product(capsys):
     plain = json.loads(run(capsys, "bounds x.npy --weights w.npy --json"))
     assert plain["holds"]
     assert sum(plain["share"].values()) == pytest.approx(1)
+    np.save("w.npy", np.full((2, X.shape[1]), [[1e18], [1e-3]]))
+    np.save("large.npy", np.full_like(X, 1e20))
+    assert f"{len(X)} of them may overflow" in run(capsys, "bounds large.npy --weights w.npy")
+    overflowing = json.loads(run(capsys, "bounds large.npy --weights w.npy --json"))
+    assert sum(overflowing["share"].values()) == pytest.approx(1)
+    assert overflowing["without_bound"] == len(X)
 
 
 def test_info_says_what_is_usable_and_why_not(capsys):
