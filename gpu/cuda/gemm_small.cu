@@ -15,9 +15,9 @@ constexpr u32 SIGNS = 0x80008000, FIELDS = 0x0E000E00, MAGNITUDES = 0x7F7F7F7F;
 constexpr float NONE[4] = {};
 extern __shared__ uint4 shared[];
 
-template <int M> struct Stage {
-    static constexpr int b_scales = ROWS * ROW_BYTES, a_codes = b_scales + STEPS * SCALES;
-    static constexpr int a_scales = a_codes + M * ROW_BYTES, bytes = a_scales + STEPS * M * 16;
+template <int M> struct Stage { // rows of B, rows of A, their scales
+    static constexpr int a_codes = ROWS * ROW_BYTES, b_scales = a_codes + M * ROW_BYTES;
+    static constexpr int a_scales = b_scales + STEPS * SCALES, bytes = a_scales + STEPS * M * 16;
 };
 
 // Four chunks of 16 bytes a row, turned so that the same chunk of 8 rows meets all 32 banks once.
@@ -25,28 +25,46 @@ __device__ inline int chunk_offset(int row, int chunk) { return row * ROW_BYTES 
 
 __device__ inline int row_of_b(int i) { return blockIdx.y / 4 * 128 + i / 8 * 32 + blockIdx.y % 4 * 8 + i % 8; }
 
-template <int M> __device__ inline void load_piece(u32 stage, const Operand &a, const Operand &b, int piece) {
-    int lane = threadIdx.x % 32, chunk = lane % 4, k = piece * PIECE + chunk * 32;
+// What a lane copies of each piece: a chunk of every eighth row of B, then of A, and 16 bytes of scales of each.
+template <int M> struct Copies {
+    static constexpr int COUNT = (ROWS + M) / 8;
+    const u8 *codes[COUNT], *b_scales, *a_scales;
+    u32 inside = 0, to; // a bit a row
+    int k, tiles;
+
+    __device__ Copies(const Operand &a, const Operand &b) : k(a.k), tiles(a.tiles()) {
+        int lane = threadIdx.x % 32, chunk = lane % 4;
+        to = chunk_offset(lane / 4, chunk);
 #pragma unroll
-    for (int i = lane / 4; i < ROWS; i += 8)
-        copy_codes(stage + chunk_offset(i, chunk), b, row_of_b(i), k);
+        for (int i = 0; i < COUNT; i++) {
+            const Operand &x = i < ROWS / 8 ? b : a;
+            int row = i < ROWS / 8 ? row_of_b(8 * i + lane / 4) : 8 * i - ROWS + lane / 4;
+            inside |= row < x.rows ? 1u << i : 0;
+            codes[i] = x.row(row < x.rows ? row : 0) + chunk * 16;
+        }
+        b_scales = b.scales + (size_t)(blockIdx.y / 4) * tiles * 512 + lane / 8 * 512 + blockIdx.y % 4 * SCALES + lane % 8 * 16;
+        a_scales = a.scales + lane / M * 512 + lane % M * 16; // a row's four bytes, and those of three that are not there
+    }
+
+    __device__ void start(u32 stage, int piece) const {
+        int lane = threadIdx.x % 32, step = piece * STEPS;
+        int bytes = min(max(k / 2 - piece * ROW_BYTES - lane % 4 * 16, 0), 16);
 #pragma unroll
-    for (int i = lane / 4; i < M; i += 8)
-        copy_codes(stage + Stage<M>::a_codes + chunk_offset(i, chunk), a, i, k);
-    if (lane < STEPS * SCALES / 16) { // 128 bytes a step
-        int step = piece * STEPS + lane / 8;
-        bool inside = step < b.tiles();
-        size_t tile = (size_t)(blockIdx.y / 4) * b.tiles() + (inside ? step : 0);
-        cp_async16(stage + Stage<M>::b_scales + lane * 16, b.scales + tile * 512 + blockIdx.y % 4 * SCALES + lane % 8 * 16,
-                   inside ? 16 : 0);
+        for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
+            u32 at = stage + to + i * 8 * ROW_BYTES, size = inside >> i & 1 ? bytes : 0;
+            const u8 *from = codes[i] + piece * ROW_BYTES;
+            if (k % 32 == 0) {
+                cp_async16(at, from, size);
+            } else { // a row starts at a multiple of 8 bytes only
+                cp_async8(at, from, min(size, 8)), cp_async8(at + 8, from + 8, max(size, 8) - 8);
+            }
+        }
+        if (lane < STEPS * SCALES / 16)
+            cp_async16(stage + Stage<M>::b_scales + lane * 16, b_scales + step * 512, step + lane / 8 < tiles ? 16 : 0);
+        if (lane < STEPS * M)
+            cp_async16(stage + Stage<M>::a_scales + lane * 16, a_scales + step * 512, step + lane / M < tiles ? 16 : 0);
     }
-    if (lane < STEPS * M) { // a row's four bytes, and those of three rows that are not there
-        int step = piece * STEPS + lane / M;
-        bool inside = step < a.tiles();
-        cp_async16(stage + Stage<M>::a_scales + lane * 16, a.scales + (inside ? step : 0) * 512 + lane % M * 16,
-                   inside ? 16 : 0);
-    }
-}
+};
 
 // Not zero if one of four scales is NaN. Their signs are ignored.
 __device__ inline u32 has_nan(u32 scales) { return ((scales & MAGNITUDES) + 0x01010101) & ~MAGNITUDES; }
@@ -144,16 +162,17 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
     const u8 *stages = reinterpret_cast<const u8 *>(shared) + mine;
     u32 to = shared_address(shared) + mine;
 
+    const Copies<M> copies(a, b);
     Sums<M> warp_sums;
     for (int s = 0; s < STAGES - 1; s++) {
-        if (warp + WARPS * s < pieces) load_piece<M>(to + s * Stage<M>::bytes, a, b, warp + WARPS * s);
+        if (warp + WARPS * s < pieces) copies.start(to + s * Stage<M>::bytes, warp + WARPS * s);
         cp_async_commit();
     }
     for (int s = 0, piece = warp; piece < pieces; s++, piece += WARPS) {
         cp_async_wait<STAGES - 2>(); // this piece has arrived, of this lane's copies
         __syncwarp();                // of all; and no lane reads the piece before any more
         int next = piece + WARPS * (STAGES - 1);
-        if (next < pieces) load_piece<M>(to + (s + STAGES - 1) % STAGES * Stage<M>::bytes, a, b, next);
+        if (next < pieces) copies.start(to + (s + STAGES - 1) % STAGES * Stage<M>::bytes, next);
         cp_async_commit();
         warp_sums.add_piece(stages + s % STAGES * Stage<M>::bytes);
     }
