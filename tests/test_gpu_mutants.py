@@ -131,8 +131,8 @@ MUTANTS = {  # architecture, probe, file → changes
         Mutant("accumulators turn the wrong way", "tile % MT * 16", "tile / NT * 16"),
         Mutant(
             "the scale's sign counts",
-            "u32 code = p.scales[i] >> 8 * h & E4M3::magnitude;",
-            "u32 code = p.scales[i] >> 8 * h & 0xFF;",
+            "u32 code = p.scales[i][h] & E4M3::magnitude;",
+            "u32 code = p.scales[i][h] & 0xFF;",
         ),
         Mutant(
             "exact: no barrier after a step",
