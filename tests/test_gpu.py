@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import matrices, tensor_scales
-from support import REQUIRED, assert_same_tensor, neighbours, optional
+from support import REQUIRED, assert_same_tensor, cuda_compiler, neighbours
 from test_agreement import activations
 from test_emulator_gemm import SCALES, cancelling_pair, lone_pair, tensor_with_scales
 
@@ -20,7 +20,7 @@ from gpu import launch
 from gpu.device import Cuda, Interpreted
 from gpu.face import Face
 
-optional("cupy")
+cuda_compiler()
 DEVICES = ["interpreted sm_80", "interpreted sm_120a"]
 if gpu.why_not() is None or "gpu" in REQUIRED:
     DEVICES.append("cuda")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support import assert_same_tensor, neighbours, optional
+from support import assert_same_tensor, cuda_compiler, neighbours
 from test_emulator_gemm import cancelling_pair, lone_pair, tensor_with_scales
 
 import arcquant_ref
@@ -20,7 +20,7 @@ from gpu import launch, load
 from gpu.device import Interpreted
 from gpu.face import Face
 
-optional("cupy")
+cuda_compiler()
 from emulator import ptx  # noqa: E402
 
 SOURCES = dict(load._sources())

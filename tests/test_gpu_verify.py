@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from support import optional
+from support import cuda_compiler
 
 from gpu import load, verify
 from gpu.device import Interpreted
 from gpu.face import Face
 
-optional("cupy")
+cuda_compiler()
 
 
 @pytest.mark.parametrize("arch", ["90a", "120a"])
