@@ -267,7 +267,6 @@ class Batch:
             self.fail(Divergence, int(gone.argmax()), "has exited, and others of its warp wait at a barrier")
         finish(threads)
         self.barriers[threads] += 1
-        self.warp_syncs[threads] = 0
         self.stamps = watch.stamps(self.thread, self.warp_syncs, self.barriers)
 
     # Memory
