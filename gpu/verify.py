@@ -70,7 +70,7 @@ class Check:
 
 
 def stress(rng: np.random.Generator, rows: int, k: int) -> Floats:
-    """Ties of E2M1 at scales of all sizes, numbers beside them, tiny and zero blocks, outliers, and others."""
+    """Ties of E2M1 at scales of all sizes, numbers beside them, tiny and zero blocks, outliers, others."""
     blocks = rows, k // BLOCK
     scale = rng.choice([1, 1.25, 1.625, 1.875], blocks) * np.exp2(rng.integers(-14, 8, blocks))
     points = np.concatenate([E2M1.midpoints, E2M1.magnitudes])
