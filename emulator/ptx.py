@@ -36,6 +36,7 @@ __all__ = [
     "Unsupported",
 ]
 
+MOST_BLOCKS, MOST_THREADS = (2**31 - 1, 2**16 - 1, 2**16 - 1), (1024, 1024, 64)
 THREADS_AT_ONCE = 4096  # so many, or one block, share the cost of a step
 
 
@@ -64,10 +65,11 @@ class Module:
         if kernel not in self._text.kernels:
             raise ValueError(f"kernel={kernel!r} is not here; the module has {sorted(self._text.kernels)}.")
         entry = self._text.kernels[kernel]
-        if min(*grid, *block) < 1 or prod(block) > entry.most_threads:
+        too_many = [size > most for size, most in zip((*grid, *block), MOST_BLOCKS + MOST_THREADS)]
+        if min(*grid, *block) < 1 or any(too_many) or prod(block) > entry.most_threads:
             raise ValueError(
-                f"grid={grid}, block={block}: no number may be below 1, and a block of {kernel} has at most "
-                f"{entry.most_threads} threads."
+                f"grid={grid}, block={block}: a grid is {MOST_BLOCKS} at most, a block of {kernel} "
+                f"{MOST_THREADS} and {entry.most_threads} threads in all; none may be below 1."
             )
         entry.code = entry.code or [decode(entry, statement) for statement in entry.statements]
         launch = Launch(

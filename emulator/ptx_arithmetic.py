@@ -320,6 +320,8 @@ def sum_rounded_to_odd(a: Array, b: Array) -> Array:
     s = a + b
     t = s - a
     error = (a - (s - t)) + (b - t)
+    if not error.any():
+        return s
     bits = s.view(i64)
     toward_zero = bits - ((error < 0) != (s < 0))
     return np.where((error != 0) & np.isfinite(s), toward_zero | 1, bits).view(f64)
@@ -366,9 +368,8 @@ def bf16_bits(x: Array, rounding: str) -> Array:
 
 def with_one_nan(x: Array) -> Array:
     """x, a new array, its NaNs in place those that the hardware returns."""
-    is_nan = x != x
-    if x.dtype != f64 and is_nan.any():
-        x.view(u32 if x.dtype == f32 else u16)[is_nan] = NAN if x.dtype == f32 else NAN16
+    if x.dtype != f64 and np.isnan(x.max()):
+        x.view(u32 if x.dtype == f32 else u16)[np.isnan(x)] = NAN if x.dtype == f32 else NAN16
     return x
 
 
@@ -498,12 +499,12 @@ def _cvt_to_integer(rounding: str, to: str, kind: str) -> Operation:
     def convert(a: Array) -> Array:
         whole = ROUND[rounding](a.astype(f64))
         inside = (whole >= limits.min) & (whole < top)
-        outside = np.where(whole < 0, dtype(limits.min), dtype(limits.max))
-        return np.where(
-            np.isnan(whole),
-            dtype(nan),
-            np.where(inside, whole, 0).astype(dtype) + np.where(inside, dtype(0), outside),
+        if inside.all():
+            return whole.astype(dtype)
+        outside = np.where(
+            np.isnan(whole), dtype(nan), np.where(whole < 0, dtype(limits.min), dtype(limits.max))
         )
+        return np.where(inside, np.where(inside, whole, 0).astype(dtype), outside)
 
     return Operation(convert, to, (kind,))
 

@@ -6,7 +6,7 @@ A rule is a pattern that the opcode must match as a whole, so that no modifier i
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -414,7 +414,7 @@ def _bar_red(o: Operands, name: str, kind: str) -> Run:
     return lambda batch: batch.wait(lambda threads: finish(batch, threads))
 
 
-# Warps: arrays are (warps, 32)
+# Warps
 
 
 @instruction(r"(?:bar|barrier)\.warp\.sync")
@@ -437,7 +437,7 @@ def _shfl(o: Operands, mode: str) -> Run:
         source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": first | step & ~segment}
         inside = source[mode] >= last if mode == "up" else source[mode] <= last
         chosen = np.where(inside, source[mode], lane)
-        lost = batch.mask & ~np.take_along_axis(members, chosen, axis=1).ravel()
+        lost = batch.mask & ~members[np.arange(batch.size), chosen.ravel()]
         if lost.any():
             thread = int(lost.argmax())
             what = f"reads from lane {chosen.flat[thread]} of its warp, which takes no part"
@@ -454,10 +454,11 @@ def _vote(o: Operands, mode: str | None, ballot: str | None) -> Run:
     target, vote, named = o.register(o[0]), o.read(o[1], "pred"), o.read(o[2], "b32")
 
     def run(batch: Batch) -> None:
-        members, votes = batch.members(named(batch)), batch.by_warp(vote(batch))
-        every, some = (votes | ~members).all(axis=1), (votes & members).any(axis=1)
+        members, votes = batch.members(named(batch)), batch.of_members(vote(batch))
+        every: Array = np.logical_and.reduce(votes | ~members, axis=1)
+        some: Array = np.logical_or.reduce(votes & members, axis=1)
         result = {"all": every, "any": some, "uni": every | ~some, None: one_bits(votes & members)}[mode]
-        batch.set(target, result.repeat(WARP))
+        batch.set(target, result)
 
     return run
 
@@ -465,6 +466,7 @@ def _vote(o: Operands, mode: str | None, ballot: str | None) -> Run:
 @instruction(r"redux\.sync\.(add|min|max|and|or|xor)\.([bsu]32)")
 def _redux(o: Operands, name: str, kind: str) -> Run:
     target, value, named = o.register(o[0]), o.read(o[1], kind), o.read(o[2], "b32")
+    update: Any = UPDATES[name]
     dtype, limits = DTYPES[kind], np.iinfo(DTYPES[kind])
     neutral = dtype(
         {"min": limits.max, "max": limits.min, "and": -1 if limits.min else limits.max}.get(name, 0)
@@ -472,8 +474,8 @@ def _redux(o: Operands, name: str, kind: str) -> Run:
 
     def run(batch: Batch) -> None:
         members = batch.members(named(batch))
-        values = np.where(members, batch.by_warp(value(batch)), neutral)
-        batch.set(target, UPDATES[name].reduce(values, axis=1, dtype=dtype).repeat(WARP))  # type: ignore[attr-defined]
+        values = np.where(members, batch.of_members(value(batch)), neutral)
+        batch.set(target, update.reduce(values, axis=1, dtype=dtype))
 
     return run
 

@@ -22,6 +22,7 @@ Dim = tuple[int, int, int]
 WARP = 32
 EXITED, SPLIT = 1 << 40, -1  # instead of a program counter: the thread is done; threads go on at several
 WINDOWS = {"global": 0, "const": 0, "shared": 1 << 44, "local": 1 << 45}  # where generic addresses begin
+MOST_STEPS = 10_000_000  # takes a minute; a kernel that needs more does not end
 UNSET = 0xA5  # bytes of a register that nothing was written to
 
 
@@ -107,7 +108,7 @@ class Batch:
             if name in ("shared", "local"):
                 regions = self.spaces[name].state.reshape(-1, self.spaces[name].size)
                 regions[:, address : address + size] = watch.UNWRITTEN
-        self.at = 0  # number of the instruction that runs
+        self.at, self.steps = 0, 0  # number of the instruction that runs; how many have run
         self.activate(self.exists)
 
     def activate(self, mask: NDArray[np.bool_]) -> None:
@@ -129,6 +130,9 @@ class Batch:
             stop = int(ready[~self.mask].min(initial=EXITED))
             while SPLIT < at < stop:
                 self.at, instruction = at, code[at]
+                self.steps += 1
+                if self.steps > MOST_STEPS:
+                    self.fail(PtxError, int(self.lanes[0]), f"still runs after {MOST_STEPS} instructions")
                 to = self.guarded(instruction) if instruction.guard else instruction.run(self)
                 at = at + 1 if to is None else to
             if at != SPLIT:
@@ -201,20 +205,26 @@ class Batch:
         return int(np.count_nonzero(some))
 
     def members(self, named: Array) -> Array:
-        """(warps, 32) active threads, of an instruction with member masks `named`: each is in its own mask,
-        and whoever a mask names is there or has exited."""
+        """(threads, 32): the lanes with which each takes part in an instruction; `named`: its member masks.
+        An active thread is in its own mask, and whoever the mask names is there or has exited."""
         names = np.broadcast_to(named, self.size)
         absent = self.mask & (names >> (self.thread % WARP).astype(u32) & u32(1) == 0)
         if absent.any():
             self.fail(
                 Divergence, int(absent.argmax()), f"is not in its own member mask {names[absent][0]:#x}"
             )
-        elsewhere = one_bits(self.by_warp(self.alive() & ~self.mask)).repeat(WARP)
+        here, elsewhere = (
+            one_bits(self.by_warp(x)).repeat(WARP) for x in (self.mask, self.alive() & ~self.mask)
+        )
         waits = self.mask & (names & elsewhere != 0)
         if waits.any():
             lane = int(names[waits][0] & elsewhere[waits][0]).bit_length() - 1
             self.fail(Divergence, int(waits.argmax()), f"needs lane {lane} of its warp, which is not there")
-        return self.by_warp(self.mask)
+        return np.unpackbits((names & here).view(u8).reshape(-1, 4), axis=1, bitorder="little").view(bool)
+
+    def of_members(self, value: Array) -> Array:
+        """(threads, 32): the value of each lane of a thread's warp."""
+        return self.by_warp(value).repeat(WARP, axis=0)
 
     def pass_warp_barrier(self, named: Array) -> None:
         self.whole_warps(needed=self.alive())
@@ -257,7 +267,6 @@ class Batch:
             self.fail(Divergence, int(gone.argmax()), "has exited, and others of its warp wait at a barrier")
         finish(threads)
         self.barriers[threads] += 1
-        self.warp_syncs[threads] = 0
         self.stamps = watch.stamps(self.thread, self.warp_syncs, self.barriers)
 
     # Memory
@@ -346,7 +355,7 @@ def converted(value: Array, dtype: np.dtype) -> Array:
 
 
 def one_bits(members: Array) -> Array:
-    """(warps, 32) truth values → (warps,) uint32, lane 0 the lowest bit."""
+    """(n, 32) truth values → (n,) uint32, lane 0 the lowest bit."""
     return np.packbits(members, axis=1, bitorder="little").view(u32)[:, 0]
 
 

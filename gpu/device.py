@@ -133,7 +133,7 @@ class CudaTorch(Cuda):
         return found
 
     def _stream(self) -> Any:
-        return self._cupy.cuda.ExternalStream(self._torch.cuda.current_stream().cuda_stream)
+        return self._cupy.cuda.Stream.from_external(self._torch.cuda.current_stream())
 
 
 # Most shared memory of a block: CUDA programming guide, technical specifications per compute capability

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from arcquant_ref import NVFP4Tensor, backends
+from gpu import load
 
 REQUIRED = set(filter(None, os.environ.get("ARCQUANT_REQUIRE", "").split(",")))
 
@@ -36,6 +37,16 @@ def model_weights() -> Path:
         if "torch" in REQUIRED:
             raise
         pytest.skip(str(error))
+
+
+def cuda_compiler() -> None:
+    """Skip a whole file where CuPy or NVRTC is missing; a failure under ARCQUANT_REQUIRE=gpu."""
+    try:
+        load.nvrtc()
+    except ImportError as error:
+        if "gpu" in REQUIRED:
+            raise
+        pytest.skip(str(error), allow_module_level=True)
 
 
 def usable_backends() -> list[str]:

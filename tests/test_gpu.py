@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import matrices, tensor_scales
-from support import REQUIRED, assert_same_tensor, neighbours, optional
+from support import REQUIRED, assert_same_tensor, cuda_compiler, neighbours, optional
 from test_agreement import activations
 from test_emulator_gemm import SCALES, cancelling_pair, lone_pair, tensor_with_scales
 
@@ -19,11 +19,11 @@ import emulator
 import gpu
 from arcquant_ref import NVFP4Tensor, Selection, layout, select_top
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
-from gpu import launch
+from gpu import arrays, launch
 from gpu.device import Cuda, Interpreted
 from gpu.face import Face
 
-optional("cupy")
+cuda_compiler()
 DEVICES = ["interpreted sm_80", "interpreted sm_120a"]
 if gpu.why_not() is None or "gpu" in REQUIRED:
     DEVICES.append("cuda")
@@ -340,6 +340,48 @@ def test_launchers_look_at_what_they_get(face):
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=message):
             function(device, *arguments)
+
+
+def test_arrays_that_are_not_on_a_gpu_are_refused():
+    for x in (np.ones((2, 16), np.float32), [[1.0] * 16]):
+        with pytest.raises(TypeError, match=r"x is a .* that is not on a GPU; pass a CuPy array or a CUDA"):
+            arrays.as_array("x", x)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_arrays_on_the_gpu_are_not_copied(library):
+    """In and out in the caller's library, on a stream of its own."""
+    lib = optional(library)
+    if library == "cupy":
+        put, get, stream = lib.asarray, lib.asnumpy, lib.cuda.Stream(non_blocking=True)
+    else:
+        if not lib.cuda.is_available():
+            pytest.skip("this torch has no CUDA")
+        put, get = (lambda x: lib.from_numpy(x).cuda()), (lambda x: x.cpu().numpy())
+        stream = lib.cuda.stream(lib.cuda.Stream())
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal((rows, 320)).astype(np.float32) for rows in (70, 200))
+    selection = select_top(np.abs(x).max(axis=0), 64)
+    expected = [arcquant_ref.augment_activations(x, selection), arcquant_ref.augment_weights(w, selection)]
+    with stream:
+        held = put(x)
+        assert arrays.as_array("x", held).owner is held
+        order = arrays.order_of(selection, held)
+        a = arrays.augment_activations(held, order, 64)
+        b = arrays.augment_weights(put(w), order, 64)
+        y = arrays.matmul(a, b)
+        arrays.refuse_non_finite(a)
+        for q, tensor in zip((a, b), expected):
+            assert type(q.codes.owner) is type(held)
+            np.testing.assert_array_equal(get(q.codes.owner), layout.pack(tensor.codes))
+            np.testing.assert_array_equal(get(q.scales.owner), layout.swizzle_128x4(tensor.block_scales))
+        assert_same_bits(get(y), emulator.matmul(*expected))
+        with pytest.raises(ValueError, match=r"x is not contiguous. Copy it first"):
+            arrays.quantize(held.T)
+        held[3, 5] = np.nan
+        with pytest.raises(ValueError, match=r"what was quantized to \(70, 320\) held nan"):
+            arrays.refuse_non_finite(arrays.quantize(held))
 
 
 @few

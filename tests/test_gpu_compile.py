@@ -9,15 +9,15 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-from support import optional
+from support import cuda_compiler
 
 from arcquant_ref import backends
 from gpu import launch, load
 from gpu.device import SHARED_KIB
 
-optional("cupy")
+cuda_compiler()
 ARCHS = ["80", "90a", "120a", "121a"]
-SOURCES = ["convert", "quantize", "augment", "gemm_native", "gemm_portable", "gemm_small"]
+SOURCES = ["convert", "quantize", "augment", "gemm_native", "gemm_portable", "gemm_small", "steps"]
 ROOT = Path(__file__).parent.parent
 TEXTS = dict(load._sources())
 

@@ -174,6 +174,33 @@ def test_atomic_operations_and_votes_of_a_block(arch):
     assert set(votes) == {x.max() + 1000 * (x > 50).sum() + 100000 * (x == 7).any() + 200000}
 
 
+@every_arch
+def test_generic_addresses(arch):
+    """A pointer that is one to shared memory in some threads and to global or local memory in others."""
+    source = """
+    extern "C" __global__ void k(int *x, int *y) {
+        __shared__ int s[64];
+        int i = threadIdx.x, own[4] = {i, i + 1, i + 2, i + 3};
+        s[i] = 100 + i;
+        __syncthreads();
+        int *p = i % 3 == 0 ? x + i : i % 3 == 1 ? s + i : own + i % 4;
+        *p += 1000;
+        y[i] = *p + own[i % 4] + atomicAdd(i % 2 ? x : s, 1) * 0;
+    }"""
+    x, i = np.arange(64, dtype=np.int32), np.arange(64)
+    y = output(compiled(source, arch), "k", [x], np.int32, 64)
+    own = i + i % 4
+    pointed = np.choose(i % 3, [i, 100 + i, own]) + 1000
+    np.testing.assert_array_equal(y, pointed + own + 1000 * (i % 3 == 2))
+
+
+def test_a_kernel_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr("emulator.ptx_machine.MOST_STEPS", 1000)
+    source = 'extern "C" __global__ void k(volatile int *x, int *y) { while (x[0] == 0) {} y[0] = 1; }'
+    with pytest.raises(PtxError, match="still runs after 1000 instructions"):
+        output(compiled(source), "k", [np.zeros(64, np.int32)], np.int32, 1)
+
+
 # Warps
 
 
@@ -237,6 +264,27 @@ def test_warp_functions_of_cuda(arch):
         assert set(y[2, w]) == {sum(int(v & 1) << i for i, v in enumerate(x[w]))}
         assert set(y[3, w]) == {4 * (x[w] == 3).any() + 2}
         np.testing.assert_array_equal(y[4, w], np.where(LANE % 2, x[w, 1], x[w, ::2].sum()))
+
+
+@every_arch
+def test_two_member_masks_in_one_instruction(arch):
+    """Each half of a warp has its own."""
+    source = """
+    extern "C" __global__ void k(const unsigned *x, unsigned *y) {
+        unsigned i = threadIdx.x, v = x[i], half = i % 32 < 16 ? 0xFFFF : 0xFFFF0000;
+        y[i] = __reduce_max_sync(half, v);
+        y[i + 64] = __ballot_sync(half, v & 1) + __any_sync(half, v == x[3]);
+        y[i + 128] = __shfl_down_sync(half, v, 1, 16);
+    }"""
+    x = np.random.default_rng(0).permutation(64).astype(np.uint32)
+    y = output(compiled(source, arch), "k", [x], np.uint32, (3, 4, 16))
+    halves = x.reshape(4, 16)
+    np.testing.assert_array_equal(y[0], halves.max(axis=1, keepdims=True).repeat(16, axis=1))
+    odd = ((halves & 1) << np.arange(16, dtype=np.uint32)).sum(axis=1, dtype=np.uint32) << np.uint32(
+        [0, 16, 0, 16]
+    )
+    np.testing.assert_array_equal(y[1], (odd + (np.arange(4) == 0))[:, None].repeat(16, axis=1))
+    np.testing.assert_array_equal(y[2], np.concatenate([halves[:, 1:], halves[:, -1:]], axis=1))
 
 
 # ldmatrix and the tensor cores, by the formulas of the PTX ISA
@@ -405,6 +453,7 @@ def test_selectors_that_4x_does_not_have(scales):
         ("add.u32 d, a;", "it takes 3 operands"),
         ("bra nowhere;", "there is no label nowhere"),
         ("cvt.u64.u32 y, a; add.u32 d, y, y; add.u64 y, a, a;", "a is .b32; .u64 does not fit"),
+        ("bar.warp.sync 255;", "A barrier for a part of a warp is not modelled"),
         ("bar.sync 1, 64;", "a barrier for a part of the block is not modelled"),
         ("cp.async.cg.shared.global [x], [y], 8;", ".cg does not copy 8 bytes"),
         ("atom.global.add.f32 d, [y], a;", "atom.global.add.f32 is an opcode"),
@@ -428,8 +477,8 @@ def test_launches_that_cuda_refuses():
     x = memory.upload(np.zeros(64, np.float32))
     for kernel, grid, block, arguments, message in [
         ("other", 1, 32, [x, x], "kernel='other' is not here; the module has ['k']"),
-        ("k", 0, 32, [x, x], "no number may be below 1"),
-        ("k", 1, 2048, [x, x], "at most 1024 threads"),
+        ("k", 0, 32, [x, x], "none may be below 1"),
+        ("k", 1, 2048, [x, x], "a block of k (1024, 1024, 64) and 1024 threads in all"),
         ("k", 1, 32, [x], "args has 1 entries; k takes 2"),
         ("k", 1, 32, [x, np.int32(1)], "args[1]=np.int32(1) does not fit .u64 of k"),
         ("k", 1, 32, [x, 1], "args[1]=1 does not fit .u64 of k"),
@@ -437,7 +486,7 @@ def test_launches_that_cuda_refuses():
         with pytest.raises(ValueError, match=re.escape(message)):
             module.launch(kernel, (grid, 1, 1), (block, 1, 1), arguments, memory)
     source = 'extern "C" __global__ void __launch_bounds__(64) k(int *y) { y[0] = 1; }'
-    with pytest.raises(ValueError, match="at most 64 threads"):
+    with pytest.raises(ValueError, match="and 64 threads in all"):
         output(compiled(source), "k", [], np.int32, 1, block=96)
 
 

@@ -259,6 +259,11 @@ def test_a_bug_is_found_and_its_fix_is_not(name, arch):
     assert "k.cu:" in str(error.value)  # the line of the CUDA source
 
 
+def test_writes_of_blocks_are_compared_even_if_they_do_not_run_side_by_side(monkeypatch):
+    monkeypatch.setattr("emulator.ptx.THREADS_AT_ONCE", 1)
+    test_a_bug_is_found_and_its_fix_is_not("blocks that write different values", "80")
+
+
 @every_arch
 def test_the_line_is_that_of_the_cuda_source(arch):
     source = 'extern "C" __global__ void k(int *y) {\n int i = threadIdx.x;\n y[i] = i;\n y[\n i + 1] = 1;\n}'

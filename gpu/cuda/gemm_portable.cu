@@ -33,10 +33,10 @@ __device__ inline u32 fp16_scale(u32 scale) {
     return magnitude > E4M3::largest_code ? 0x7FFF7FFF : pair;
 }
 
-// One thread's part of a step: 32 codes of each of its rows, and their two scales.
+// One thread's part of a step: 32 codes of each of its rows, in two halves with a scale each.
 template <int ROWS> struct Packed {
     u64 codes[ROWS][2];
-    u32 scales[ROWS];
+    u32 scales[ROWS][2];
 };
 
 // What both kernels do: read packed codes two steps ahead, decode one step ahead, multiply.
@@ -47,65 +47,63 @@ template <int TILE_N, bool EXACT> struct Pipeline {
     static constexpr int BUFFER_BYTES = CODES_BYTES + SCALES_BYTES + MASKS_BYTES;
     Operand a, b;
 
-    // Thread 2r + h has half h of row r, of r + 128, …: rows of A first, then of B.
-    __device__ void load(Packed<EACH> &p, int step) const {
-        int r = threadIdx.x / 2, k = step * STEP + threadIdx.x % 2 * 32;
+    // Thread 2r + q has quarters 2q and 2q + 1 of row r, of r + 128, …: rows of A first, then of B.
+    __device__ void load(Packed<EACH> &p, int step, int half) const {
+        int r = threadIdx.x / 2, quarter = threadIdx.x % 2 * 2 + half, k = step * STEP + quarter * BLOCK;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const Operand &x = i == 0 ? a : b;
             int row = i == 0 ? blockIdx.x * TILE_M + r : blockIdx.y * TILE_N + (i - 1) * 128 + r;
-            bool inside = row < x.rows;
-            const u64 *codes = reinterpret_cast<const u64 *>(x.row(inside ? row : 0) + k / 2);
-            p.codes[i][0] = inside && k < x.k ? codes[0] : 0;
-            p.codes[i][1] = inside && k + BLOCK < x.k ? codes[1] : 0;
+            bool inside = row < x.rows && k < x.k;
             size_t at = ((size_t)(row / 128) * x.tiles() + step) * 512 + row % 32 * 16 + row / 32 % 4 * 4;
-            const u8 *scales = x.scales + at + threadIdx.x % 2 * 2;
-            p.scales[i] = inside && k < x.k ? *reinterpret_cast<const u16 *>(scales) : 0;
+            p.codes[i][half] = inside ? *reinterpret_cast<const u64 *>(x.row(row) + k / 2) : 0;
+            p.scales[i][half] = inside ? x.scales[at + quarter] : 0;
         }
     }
 
-    // A quarter of each row: 8 numbers, 16 bytes.
-    __device__ void decode_chunk(const Packed<EACH> &p, int buffer, int c) const {
+    // Eight codes of each row, chunk c of four → 16 bytes of fp16.
+    __device__ void decode(const Packed<EACH> &p, int buffer, int c) const {
         u8 *to = reinterpret_cast<u8 *>(shared) + buffer * BUFFER_BYTES;
-        int r = threadIdx.x / 2, half = threadIdx.x % 2;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             u32 codes = (u32)(p.codes[i][c / 2] >> 32 * (c % 2)), pairs[4];
-            u32 factor = fp16_scale(p.scales[i] >> 8 * (c / 2));
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 pairs[j] = fp16_pair(codes, j);
-                if (!EXACT) pairs[j] = mul_f16x2(mul_f16x2(pairs[j], 0x58005800), factor); // · 2^7 · 2^7 · scale
+                if (!EXACT) // 2^-14 · 2^7 · (2^7 · scale)
+                    pairs[j] = mul_f16x2(mul_f16x2(pairs[j], 0x58005800), fp16_scale(p.scales[i][c / 2]));
             }
-            *reinterpret_cast<uint4 *>(to + chunk_offset(i * 128 + r, half * 4 + c)) =
+            *reinterpret_cast<uint4 *>(to + chunk_offset(i * 128 + threadIdx.x / 2, threadIdx.x % 2 * 4 + c)) =
                 make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
 
+    __device__ void load(Packed<EACH> &p, int step) const { load(p, step, 0), load(p, step, 1); }
     __device__ void decode(const Packed<EACH> &p, int buffer) const {
 #pragma unroll
-        for (int c = 0; c < 4; c++) decode_chunk(p, buffer, c);
-        if (!EXACT) return;
-        u8 *to = reinterpret_cast<u8 *>(shared) + buffer * BUFFER_BYTES + CODES_BYTES;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) decode_scales(p, i, to, i * 128 + threadIdx.x / 2, threadIdx.x % 2);
+        for (int c = 0; c < 4; c++) decode(p, buffer, c);
+        if (EXACT) decode_scales(p, reinterpret_cast<u8 *>(shared) + buffer * BUFFER_BYTES + CODES_BYTES);
     }
 
     // Two scales as float32; and which exponents the 16 rows of this warp have among blocks that are not zero,
     // bit e + 6 for exponent e.
-    __device__ void decode_scales(const Packed<EACH> &p, int i, u8 *to, int row, int half) const {
-        float scales[2];
-        u32 exponents = 0;
+    __device__ void decode_scales(const Packed<EACH> &p, u8 *to) const {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            u32 code = p.scales[i] >> 8 * h & E4M3::magnitude;
-            bool nonzero = code != 0 && (p.codes[i][h] & 0x7777777777777777) != 0;
-            scales[h] = E4M3::value(code);
-            exponents |= nonzero ? 1u << (max(code >> E4M3::mantissa_bits, 1u) - 1) : 0;
+        for (int i = 0; i < EACH; i++) {
+            int row = i * 128 + threadIdx.x / 2;
+            float scales[2];
+            u32 exponents = 0;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                u32 code = p.scales[i][h] & E4M3::magnitude;
+                bool nonzero = code != 0 && (p.codes[i][h] & 0x7777777777777777) != 0;
+                scales[h] = E4M3::value(code);
+                exponents |= nonzero ? 1u << (max(code >> E4M3::mantissa_bits, 1u) - 1) : 0;
+            }
+            *reinterpret_cast<float2 *>(to + row * 16 + threadIdx.x % 2 * 8) = make_float2(scales[0], scales[1]);
+            exponents = __reduce_or_sync(~0u, exponents);
+            if (threadIdx.x % 32 == 0) reinterpret_cast<u32 *>(to + SCALES_BYTES)[row / 16] = exponents;
         }
-        *reinterpret_cast<float2 *>(to + row * 16 + half * 8) = make_float2(scales[0], scales[1]);
-        exponents = __reduce_or_sync(~0u, exponents);
-        if (threadIdx.x % 32 == 0) reinterpret_cast<u32 *>(to + SCALES_BYTES)[row / 16] = exponents;
     }
 };
 
@@ -143,14 +141,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int steps = pipe.a.tiles(), warp = threadIdx.x / 32, warp_m = warp / 4 * 64, warp_n = warp % 4 * 64;
 
     float acc[MT][NT][4] = {};
-    Packed<Pipe::EACH> p, following;
+    Packed<Pipe::EACH> p;
     pipe.load(p, 0);
     pipe.decode(p, 0);
     pipe.load(p, 1);
     __syncthreads();
     for (int s = 0; s < steps; s++) {
         u32 codes = shared_address(shared) + s % 2 * Pipe::BUFFER_BYTES;
-        pipe.load(following, s + 2);
 #pragma unroll
         for (int group = 0; group < EXACT_GROUPS; group++) {
             u32 fa[MT][4], fb[NT / 2][4];
@@ -158,15 +155,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for (int i = 0; i < MT; i++) fragment_a(fa[i], codes, warp_m + 16 * i, group);
 #pragma unroll
             for (int j = 0; j < NT / 2; j++) fragment_b(fb[j], codes, TILE_M + warp_n + 16 * j, group);
+            // a quarter of the next step, while this one multiplies; nobody has read its buffer since the barrier
+            pipe.decode(p, (s + 1) % 2, group);
+            if (group % 2) pipe.load(p, s + 2, group / 2);
 #pragma unroll
             for (int i = 0; i < MT; i++)
 #pragma unroll
                 for (int j = 0; j < NT; j++)
                     mma_f16(acc[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1], acc[i][j]);
-            // while the products are under way; nobody has read that buffer since the last barrier
-            pipe.decode_chunk(p, (s + 1) % 2, group);
         }
-        p = following;
         __syncthreads();
     }
     store<MT, NT, TILE_N>(y, acc, warp_m, warp_n, m, n, __fmul_rn(*a_tensor_scale, *b_tensor_scale));
