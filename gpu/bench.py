@@ -44,14 +44,17 @@ class Gpu(NamedTuple):
     bytes_per_second: float
     fp16: float  # with float32 accumulation, dense
     fp4: float | None
+    source: str
 
 
-# NVIDIA H100 data sheet (SXM5); NVIDIA RTX Blackwell and RTX PRO Blackwell white papers. The 5090 adds fp16
-# products to float32 at half rate.
 GPUS = {
-    "H100 SXM": Gpu(3.35e12, 132 * 1.83e9 * 4096, None),
-    "RTX 5090": Gpu(1.792e12, 170 * 2.407e9 * 512, 170 * 2.407e9 * 4096),
-    "RTX PRO 6000": Gpu(1.792e12, 188 * 2.617e9 * 1024, 188 * 2.617e9 * 4096),
+    "H100 SXM": Gpu(3.35e12, 132 * 1.83e9 * 4096, None, "NVIDIA H100 data sheet"),
+    "RTX 5090": Gpu(  # it adds fp16 products to float32 at half rate
+        1.792e12, 170 * 2.407e9 * 512, 170 * 2.407e9 * 4096, "NVIDIA RTX Blackwell white paper"
+    ),
+    "RTX PRO 6000": Gpu(
+        1.792e12, 188 * 2.617e9 * 1024, 188 * 2.617e9 * 4096, "NVIDIA RTX PRO Blackwell white paper"
+    ),
 }
 
 
@@ -241,7 +244,7 @@ def floors(cases: Sequence[Case]) -> Iterator[str]:
     for name, gpu in GPUS.items():
         fp4 = f"fp4 {gpu.fp4 / 1e12:.0f} TFLOP/s" if gpu.fp4 else "no fp4: products are fp16"
         peaks = f"{gpu.bytes_per_second / 1e9:.0f} GB/s, fp16 {gpu.fp16 / 1e12:.0f} TFLOP/s, {fp4}"
-        yield f"{name}, stated peaks {peaks}: floor, bytes or operations over these, whichever is longer"
+        yield f"{name}: floor times, from bytes and operations over {peaks} ({gpu.source})"
         for layer in dict.fromkeys(case.layer for case in cases):
             of_layer = [case for case in cases if case.layer == layer]
             yield grid(f"{layer}: microseconds", of_layer, lambda c: _microseconds(c.floor(gpu)))  # noqa: B023

@@ -3,7 +3,8 @@ the GPU that computes with the emulator in torch's CPU tensors. No time is asser
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_bytes_and_operations(case, moved, flops):
 
 
 def test_floor_times():
-    gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=4e14)
+    gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=4e14, source="")
     small, large = (bench.Case("exact", m, 4096, 4096) for m in (1, 8192))
     assert small.floor(gpu) == small.bytes / 1e12
     assert large.floor(gpu) == large.flops / 4e14
@@ -84,7 +85,7 @@ def test_dry_run_prints_the_plan_without_a_gpu(capsys):
     out = capsys.readouterr().out
     assert out.startswith("42 cases")
     for name in bench.GPUS:
-        assert f"\n{name}, stated peaks " in out
+        assert f"\n{name}: floor times, from bytes and operations over " in out
     h100 = out.split("\nRTX 5090")[0]
     assert "torch nvfp4" not in h100
     assert "torch nvfp4" in out
@@ -136,7 +137,7 @@ def test_figures_tables_and_record():
     assert found["weight bytes of fp16"] == 2 * 4.5 / 16
     text = "\n\n".join(bench.grids(results, peak))
     lines = text.splitlines()
-    assert lines[1].split() == "M torch fp16 fast S=0 fast S=512 exact S=0".split()
+    assert lines[1].split() == ["M", "torch", "fp16", "fast", "S=0", "fast", "S=512", "exact", "S=0"]
     assert lines[2].split() == ["8", "4", "1", "3", "FAILED"]
     assert "3.00/2.00" in text
     record = json.loads(json.dumps(bench.report(results, peak, {"gpu": None})))
@@ -303,5 +304,37 @@ def test_a_wrong_product_is_reported(on_the_cpu, monkeypatch):
         assert "y differ, first at (0, 0)" in result.reason
 
 
-def test_results_are_plain_data():
-    assert asdict(bench.Result(bench.Case("copy", 1, 0, 512)))["case"]["operation"] == "copy"
+def test_the_timer_overwrites_l2_before_each_call_and_lets_the_host_get_ahead():
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 5.0  # milliseconds
+
+    class Buffer:
+        def __init__(self, nbytes, **how):
+            assert nbytes >= 2 * 50e6
+
+        def zero_(self):
+            log.append("flush")
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        synchronize=lambda: log.append("wait"),
+        _sleep=lambda cycles: log.append("sleep"),
+        current_device=lambda: 0,
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=50_000_000),
+    )
+    timer = bench.Timer(SimpleNamespace(cuda=cuda, empty=Buffer, uint8=None))
+    times = timer(lambda i: log.append(f"call {i}"))
+    assert times == [5e-3] * 20  # as many as fit 0.1 s
+    once = [step for i in range(20) for step in ("flush", "event", f"call {i}", "event")]
+    assert log[: bench.WARM] == ["call 0", "call 1", "call 2"]
+    assert log[-83:] == ["wait", "sleep", *once, "wait"]
+    assert [timer.copies(nbytes) for nbytes in (10**6, 40_000_000, 10**9)] == [bench.COPIES, 3, 1]
