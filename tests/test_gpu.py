@@ -22,6 +22,7 @@ from arcquant_ref.formats import BLOCK, E2M1, E4M3
 from gpu import arrays, launch
 from gpu.device import Cuda, Interpreted
 from gpu.face import Face
+from gpu.verify import fast_product
 
 cuda_compiler()
 DEVICES = ["interpreted sm_80", "interpreted sm_120a"]
@@ -222,11 +223,6 @@ def test_products_across_tiles(face, shape, exact):
     x, w = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-6, 6, k)) for rows in (m, n))
     a, b = arcquant_ref.quantize(x), arcquant_ref.quantize(w)
     assert_same_bits(face.matmul(a, b, exact=exact), emulator.matmul(a, b) if exact else fast_product(a, b))
-
-
-def fast_product(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
-    few_rows = len(a.codes) <= launch.FEW_ROWS
-    return emulator.matmul_fma(a, b) if few_rows else emulator.matmul_fp16(a, b)
 
 
 @on_every_device

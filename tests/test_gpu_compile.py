@@ -17,7 +17,7 @@ from gpu.device import SHARED_KIB
 
 cuda_compiler()
 ARCHS = ["80", "90a", "120a", "121a"]
-SOURCES = ["convert", "quantize", "augment", "gemm_native", "gemm_portable", "gemm_small", "steps"]
+SOURCES = ["convert", "quantize", "augment", "gemm_native", "gemm_portable", "gemm_small", "probe"]
 ROOT = Path(__file__).parent.parent
 TEXTS = dict(load._sources())
 

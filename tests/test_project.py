@@ -89,7 +89,8 @@ def test_the_emulator_shares_types_widths_and_checks_but_no_arithmetic():
         assert "fastmath=" not in path.read_text()
 
 
-COMPARES = {"verify.py", "bench.py"}  # with reference and emulator: that is what they are for
+# With reference and emulator, that is what they are for; and what these two need: inputs, a record
+COMPARES = {"verify.py", "bench.py", "stress.py", "record.py"}
 
 
 def test_gpu_shares_types_widths_and_checks_but_no_arithmetic():
