@@ -155,8 +155,9 @@ FORMATS = {"e2m1": E2M1, "e4m3": E4M3}
 
 def conversions(face: Face, size: Size) -> Iterator[Comparison]:
     """Every float32, float16 and bfloat16, NaN and infinity too; every code."""
+    first = np.arange(size.chunk, dtype=np.uint32)
     for start in np.linspace(0, 2**32 - size.chunk, size.chunks).astype(np.uint32):
-        x = (start + np.arange(size.chunk, dtype=np.uint32)).view(np.float32)
+        x = (start + first).view(np.float32)
         for name in FORMATS:
             yield _encoded(face, emulator, name, "float32", f"bits from {_hex(start)}", x)
     for name, fmt in FORMATS.items():
