@@ -41,7 +41,7 @@ def test_races_by_their_definition(history):
     space.state[:], data, passed, seen = watch.WRITTEN, 0, [0, 0, 0, 0], []
     for kind, thread, value in history:
         if kind == "barrier":
-            passed[3] += 1
+            passed[3], seen = passed[3] + 1, []
         elif kind == "warp barrier":
             passed[thread // 32] += 1
         else:
@@ -54,8 +54,8 @@ def test_races_by_their_definition(history):
             else:
                 found = (watch.load if kind == "read" else watch.store)(space, at, who, now, values, 1)[0]
             raced = race_with(seen, kind, thread, value, data)
-            mixed = any(what == "atomic" for what, _, _ in [*seen, (kind, 0, 0)])
-            if not (mixed and any(what == "warp barrier" for what, _, _ in seen)):
+            kinds = {kind} | {what for what, _, _ in seen}
+            if not {"atomic", "warp barrier"} <= kinds:
                 assert (found in (watch.WAS_READ, watch.WAS_WRITTEN)) == raced, (seen, kind, thread, value)
             if raced or found != watch.FINE:  # as if it had not been
                 for array, byte in zip(space[:4], before):
