@@ -196,7 +196,22 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
             "__fdiv_rn(__uint_as_float(amax), __fmul_rn(E2M1::largest, tensor_scale))",
         ),
-        Mutant("times the reciprocal", "__fdiv_rn(x[i], step)", "__fmul_rn(x[i], __fdiv_rn(1, step))"),
+        Mutant(
+            "times the reciprocal",
+            "q = fabsf(product) < 8 ? q : product;",
+            "q = product;",
+        ),
+        Mutant(
+            "an infinite product becomes NaN",
+            "fabsf(product) < 8 ? q : product",
+            "q",
+        ),
+        Mutant(
+            "-0 loses its sign",
+            "| (__float_as_uint(x[i]) & ~MAGNITUDE)",
+            "| (__float_as_uint(q) & ~MAGNITUDE)",
+        ),
+        Mutant("a step too small for the short division", "step >= power_of_two(-100)", "step >= 0"),
         Mutant("swizzled rows 32 off", "row / 32 % 4 * 4", "(row / 32 + 1) % 4 * 4"),
     ],
     ("80", "bytes", "quantize.cu"): [
@@ -379,6 +394,10 @@ def bytes_(face: Face) -> None:
     for name, *arguments in [
         ("quantize", x, 1.0),
         ("quantize", on_boundaries_of_scales(small), small),
+        ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(2.0**-115), None),
+        ("quantize", x * np.float32(2.0**-130), 2.0**-126),
+        ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(1e30), 1.0),
+        ("quantize", np.where(x < 0, np.float32(-3e38), x), 2.0**-99),
         ("augment_activations", x, selection, 1.0),
         ("augment_activations", x, selection, small),
         ("augment_activations", almost_values(small), select_top(np.ones(4 * BLOCK), 4 * BLOCK), small),

@@ -15,6 +15,27 @@ __device__ inline u32 amax_bits(const float (&x)[BLOCK]) {
     return amax;
 }
 
+// fl(x / step), where E2M1 can tell: above 8 it is the largest code anyway, below 1/8 zero, with the sign of x.
+// One reciprocal serves the block: a product with it is less than two ulp off, the first correction makes it
+// faithful, the second correctly rounded (Markstein 1990: r is fl(1 / step), and x − q·step is exact because
+// step is far from the ends of float32). Elsewhere it is the division itself.
+__device__ inline void divide(float (&quotient)[BLOCK], const float (&x)[BLOCK], float step) {
+    if (step >= power_of_two(-100) && step <= power_of_two(100)) {
+        float r = __fdiv_rn(1, step);
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) {
+            float product = __fmul_rn(x[i], r), q = product;
+            q = __fmaf_rn(__fmaf_rn(-q, step, x[i]), r, q);
+            q = __fmaf_rn(__fmaf_rn(-q, step, x[i]), r, q);
+            q = fabsf(product) < 8 ? q : product; // an infinite product would make q NaN
+            quotient[i] = __uint_as_float((__float_as_uint(q) & MAGNITUDE) | (__float_as_uint(x[i]) & ~MAGNITUDE));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) quotient[i] = __fdiv_rn(x[i], step);
+    }
+}
+
 __device__ inline Block quantize_block(const float (&x)[BLOCK], float tensor_scale, u32 amax) {
     // the order of these operations is normative
     float v = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale);
@@ -22,8 +43,7 @@ __device__ inline Block quantize_block(const float (&x)[BLOCK], float tensor_sca
     block.scale = nearest_e4m3(fmaxf(v, E4M3::least_positive));
     float step = __fmul_rn(E4M3::value(block.scale), tensor_scale);
     float quotient[BLOCK];
-#pragma unroll
-    for (int i = 0; i < BLOCK; i++) quotient[i] = __fdiv_rn(x[i], step);
+    divide(quotient, x, step);
     block.codes[0] = nearest_e2m1x8(quotient);
     block.codes[1] = nearest_e2m1x8(quotient + 8);
     return block;
