@@ -5,10 +5,14 @@
     Module(ptx_text).launch("double_it", (1, 1, 1), (64, 1, 1), [x, y, np.int32(64)], memory)
     y.download(np.float32, 64)
 
-The text goes through ptx_text.py (kernels, statements, registers), each statement becomes one function in
+ptx_text.py reads the text (kernels, statements, registers), each statement becomes one function in
 ptx_instructions.py (and ptx_arithmetic.py, where it computes a result from operands only), threads run in
 ptx_machine.py, and ptx_memory.py watches every byte. Conversions and tensor cores are those of the emulator.
 What stops a kernel is a PtxError: Unsupported, BadAccess, Uninitialized, Race or Divergence.
+
+Not modelled: barriers for a part of a block or warp (refused); races in global memory, except different bytes
+written by two blocks; reads of registers that nothing was written to; order among atomic operations, which is
+that of the threads; mma with halves on other GPUs than Hopper, whose sums have other bits.
 """
 
 from collections.abc import Sequence

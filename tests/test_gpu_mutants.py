@@ -180,6 +180,16 @@ MUTANTS = {  # architecture, probe, file → changes
         Mutant("small: NaN of another row", "(2 * t + (e & 1)) * 4)", "(2 * t + (~e & 1)) * 4)"),
     ],
     ("80", "bytes", "formats.cuh"): [
+        Mutant(
+            "-0 loses its sign",
+            "__float_as_uint(signs[i]) >> (28 - 4 * i)",
+            "(signs[i] < 0) << 31 >> (28 - 4 * i)",
+        ),
+        Mutant(
+            "3.5 rounds to 3",
+            "__fmaf_rn(magnitudes[i], 0.5f, one + 4)",
+            "__fmaf_rn(magnitudes[i], 0.5f, one + 5)",
+        ),
         Mutant("ties away from zero", "(1u << (shift - 1)) - 1 + (a >> shift & 1)", "(1u << (shift - 1))"),
     ],
     ("120a", "bytes", "ptx.cuh"): [
@@ -196,7 +206,17 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
             "__fdiv_rn(__uint_as_float(amax), __fmul_rn(E2M1::largest, tensor_scale))",
         ),
-        Mutant("times the reciprocal", "__fdiv_rn(x[i], step)", "__fmul_rn(x[i], __fdiv_rn(1, step))"),
+        Mutant(
+            "times the reciprocal",
+            "float q = __fmul_rn(fabsf(x), reciprocal);",
+            "float q = 0; return __fmul_rn(fabsf(x), reciprocal);",
+        ),
+        Mutant(
+            "an infinite product becomes NaN",
+            "__uint_as_float(amax) < __fmul_rn(step, power_of_two(20))",
+            "true",
+        ),
+        Mutant("a step too small for the short division", "step > power_of_two(-100)", "step >= 0"),
         Mutant("swizzled rows 32 off", "row / 32 % 4 * 4", "(row / 32 + 1) % 4 * 4"),
     ],
     ("80", "bytes", "quantize.cu"): [
@@ -379,6 +399,10 @@ def bytes_(face: Face) -> None:
     for name, *arguments in [
         ("quantize", x, 1.0),
         ("quantize", on_boundaries_of_scales(small), small),
+        ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(2.0**-115), None),
+        ("quantize", x * np.float32(2.0**-130), 2.0**-126),
+        ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(1e30), 1.0),
+        ("quantize", np.where(x < 0, np.float32(-3e38), x), 2.0**-99),
         ("augment_activations", x, selection, 1.0),
         ("augment_activations", x, selection, small),
         ("augment_activations", almost_values(small), select_top(np.ones(4 * BLOCK), 4 * BLOCK), small),

@@ -44,7 +44,7 @@ FINDINGS = {
     ),
     # shared memory
     "beyond a shared array": (
-        "__shared__ int s[64 FIX(+ 1)], t[64]; s[i + 1] = t[i] = i; y[i] = s[i + 1];",
+        "__shared__ volatile int s[64 FIX(+ 1)], t[64]; s[i + 1] = t[i] = i; y[i] = s[i + 1];",
         BadAccess,
         r"Thread \(63, 0, 0\) .* shared memory at 0x100, but byte 0 of it is out of bounds",
     ),

@@ -33,31 +33,34 @@ def race_with(history, kind, thread, value, data):
     return False
 
 
-@given(st.lists(st.one_of(accesses, accesses, orders), max_size=14))
+@given(st.lists(st.one_of(accesses, accesses, orders), max_size=40))
 def test_races_by_their_definition(history):
-    """One byte, up to 14 steps. Atomic operations behind a barrier of the warp are left out: there the watch
-    can overlook a plain write before it, and never finds what is none."""
+    """One byte; what races is taken back. Atomic operations with a barrier of the warp are left out: there
+    the watch can overlook a plain write."""
     space = watch.shared_space(256, 1, 96, None)
     space.state[:], data, passed, seen = watch.WRITTEN, 0, [0, 0, 0, 0], []
     for kind, thread, value in history:
         if kind == "barrier":
-            passed[3] += 1
+            passed[3], seen = passed[3] + 1, []
         elif kind == "warp barrier":
             passed[thread // 32] += 1
         else:
             now = np.zeros(96, np.int64)
             now[thread] = watch.stamps(np.int64(thread), np.int64(passed[thread // 32]), np.int64(passed[3]))
+            before = [array[0] for array in space[:4]]
             at, who, values = np.zeros(1, np.int64), np.array([thread]), np.full((1, 1), value, np.uint8)
             if kind == "atomic":
                 found = watch.reserve(space, at, who, now, np.zeros(1, np.int64), 1)[0]
             else:
                 found = (watch.load if kind == "read" else watch.store)(space, at, who, now, values, 1)[0]
             raced = race_with(seen, kind, thread, value, data)
-            mixed = any(what == "atomic" for what, _, _ in [*seen, (kind, 0, 0)])
-            if not (mixed and any(what == "warp barrier" for what, _, _ in seen)):
+            kinds = {kind} | {what for what, _, _ in seen}
+            if not {"atomic", "warp barrier"} <= kinds:
                 assert (found in (watch.WAS_READ, watch.WAS_WRITTEN)) == raced, (seen, kind, thread, value)
-            if raced or found != watch.FINE:
-                return
+            if raced or found != watch.FINE:  # as if it had not been
+                for array, byte in zip(space[:4], before):
+                    array[0] = byte
+                continue
             data = value if kind == "write" else data
         seen.append((kind, thread, value))
 
@@ -66,9 +69,9 @@ def test_a_launch_takes_nothing_over():
     """Neither bytes of shared memory nor who touched them, nor which block wrote global memory."""
     source = """
     #define KERNEL extern "C" __global__ void
-    KERNEL forward(int *y) { __shared__ int s[64]; int i = threadIdx.x; s[i] = i; y[i] = s[i]; }
-    KERNEL backward(int *y) { __shared__ int s[64]; int i = 63 - threadIdx.x; s[i] = 7; y[i] = s[i]; }
-    KERNEL reader(int *y) { __shared__ int s[64]; y[threadIdx.x] = s[threadIdx.x]; }
+    KERNEL forward(int *y) { __shared__ volatile int s[64]; int i = threadIdx.x; s[i] = i; y[i] = s[i]; }
+    KERNEL backward(int *y) { __shared__ volatile int s[64]; int i = 63 - threadIdx.x; s[i] = y[i] = 7; }
+    KERNEL reader(int *y) { __shared__ volatile int s[64]; y[threadIdx.x] = s[threadIdx.x]; }
     KERNEL of_block(int *y, int block) { if (blockIdx.x == block) y[threadIdx.x] = block; }
     """
     module, memory = compiled(source), Memory()
