@@ -63,7 +63,7 @@ def shared_space(size: int, blocks: int, threads: int, old: Space | None) -> Spa
 # A stamp says who and when: thread in the block, flags, barriers that its warp and its block have passed. In
 # global memory, where blocks are compared, number of the block and of the launch.
 THREAD, WARP_BITS = 1023, 5
-SEVERAL_THREADS, SEVERAL_WARPS, BY_ATOMIC = 1 << 10, 1 << 11, 1 << 12
+SEVERAL_THREADS, SEVERAL_WARPS, BY_ATOMIC, BY_STORE = 1 << 10, 1 << 11, 1 << 12, 1 << 13
 WARP_SYNCS_AT, BARRIERS_AT = 14, 38
 WARP_SYNCS = (1 << BARRIERS_AT - WARP_SYNCS_AT) - 1
 
@@ -127,10 +127,12 @@ def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int,
         return (WAS_WRITTEN if unordered(written, now) else FINE), written
     if unordered(read, now):
         return WAS_READ, read
-    by_atomics = how == ATOMIC and written & BY_ATOMIC != 0
-    own = how == ATOMIC and not by_atomics and written >> WARP_SYNCS_AT == now >> WARP_SYNCS_AT  # plain write
-    space.writer[at] = joined(written, now) | (BY_ATOMIC if how == ATOMIC and not own else 0)
-    return (WAS_WRITTEN if unordered(written, now) and not same and not by_atomics else FINE), written
+    kind = BY_ATOMIC if how == ATOMIC else BY_STORE
+    if written >> WARP_SYNCS_AT == now >> WARP_SYNCS_AT:
+        kind |= written & (BY_ATOMIC | BY_STORE)
+    space.writer[at] = joined(written, now) | kind
+    allowed = written & BY_STORE == 0 if how == ATOMIC else same and written & BY_ATOMIC == 0
+    return (WAS_WRITTEN if unordered(written, now) and not allowed else FINE), written
 
 
 @helper
@@ -204,7 +206,7 @@ def land(space: Space, addresses: Indices, threads: Indices, now: Stamps, width:
     for i in range(len(threads)):
         at = located(space, addresses[i], threads[i], width, width)[1]
         for b in range(at, at + width):
-            space.state[b], space.writer[b] = WRITTEN, now[threads[i]]
+            space.state[b], space.writer[b] = WRITTEN, now[threads[i]] | BY_STORE
 
 
 @kernel

@@ -33,7 +33,7 @@ def race_with(history, kind, thread, value, data):
     return False
 
 
-@given(st.lists(st.one_of(accesses, accesses, orders), max_size=40))
+@given(st.lists(st.one_of(accesses, accesses, orders), min_size=20, max_size=40))
 def test_races_by_their_definition(history):
     """One byte; what races is taken back. Atomic operations with a barrier of the warp are left out: there
     the watch can overlook a plain write."""
