@@ -19,6 +19,8 @@ import emulator
 import gpu
 from arcquant_ref import NVFP4Tensor, Selection, layout, select_top
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from emulator.formats import bits_of, f32, float_of, nearest_e2m1, u32
+from emulator.jit import fma, kernel, over_rows
 from gpu import arrays, launch
 from gpu.device import Cuda, Interpreted
 from gpu.face import Face
@@ -114,6 +116,30 @@ def test_same_bytes_where_a_thread_block_has_several_rows(face, rows, k, s):
     selection = select_top(np.abs(x).max(axis=0), s)
     for function in ("augment_activations", "augment_weights"):
         assert_same_tensor(getattr(face, function)(x, selection), getattr(emulator, function)(x, selection))
+
+
+@kernel
+def _decided_differently(first: int, last: int, midpoints: np.ndarray) -> tuple[int, int]:
+    tried, different = 0, 0
+    for significand in range(first, last):
+        step = f32(significand) * f32(2.0**-23)
+        reciprocal = f32(f32(1) / step)
+        for midpoint in midpoints:
+            nearest = bits_of(f32(midpoint * step))
+            for away in range(-4, 5):
+                x = float_of(u32(nearest + away))
+                q = f32(x * reciprocal)
+                q = fma(fma(-q, step, x), reciprocal, q)
+                tried += 1
+                different += nearest_e2m1(bits_of(q)) != nearest_e2m1(bits_of(f32(x / step)))
+    return tried, different
+
+
+def test_the_short_division_decides_every_code_alike():
+    """gpu/cuda/blocks.cuh, quotient_of: every significand of a step, every x around each midpoint times it.
+    Further away the quotients, less than an ulp apart, lie on the same side of the midpoint."""
+    count = over_rows(lambda i, j: _decided_differently(2**23 + i, 2**23 + j, E2M1.midpoints), 2**23)
+    assert np.sum(count, axis=0).tolist() == [2**23 * 7 * 9, 0]
 
 
 weights_of_a_norm = st.sampled_from(["ones", "gaussian", "wide"])

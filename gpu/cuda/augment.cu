@@ -130,9 +130,9 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
 }
 
 #define AUGMENT(name, T)                                                                                     \
-    extern "C" __global__ void augment_activations_##name(const T *x, int rows, int rows_each, int k, int s, \
-                                                          const int *order, const float *tensor_scale,       \
-                                                          u32 *largest, u8 *codes, u8 *scales) {             \
+    extern "C" __global__ void __launch_bounds__(LANES, 4)                                                   \
+        augment_activations_##name(const T *x, int rows, int rows_each, int k, int s, const int *order,      \
+                                   const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {         \
         augment<true>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);                \
     }                                                                                                        \
     extern "C" __global__ void augment_weights_##name(const T *x, int rows, int rows_each, int k, int s,     \

@@ -63,7 +63,7 @@ __device__ inline u32 nearest_e2m1x8(const float *x) {
 #endif
 }
 
-// The same, quicker, for eight magnitudes below 2^20, and the signs of other numbers.
+// The same, quicker, for eight magnitudes below 6.5, and the signs of other numbers.
 __device__ inline u32 nearest_e2m1x8(const float *signs, const float *magnitudes) {
 #if __CUDA_ARCH__ >= 1000
     float x[8];
@@ -79,7 +79,7 @@ __device__ inline u32 nearest_e2m1x8(const float *signs, const float *magnitudes
     for (int i = 0; i < 8; i++) {
         float halves = __fmaf_rn(magnitudes[i], 2.0f, one), ones = __fadd_rn(magnitudes[i], one + 2);
         float twos = __fmaf_rn(magnitudes[i], 0.5f, one + 4);
-        float code = fminf(fminf(halves, ones), fminf(twos, one + 7));
+        float code = fminf(fminf(halves, ones), twos);
         codes += __float_as_uint(code) << 4 * i;
         codes -= 0x4B400000u << 4 * i;
         sign |= __float_as_uint(signs[i]) >> (28 - 4 * i) & 8u << 4 * i;
