@@ -72,7 +72,9 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the sources that run, with + where they differ from it."""
+    """Of the sources that run, with + where they differ from it; ARCQUANT_COMMIT for a copy without history."""
+    if "ARCQUANT_COMMIT" in os.environ:
+        return os.environ["ARCQUANT_COMMIT"]
     here = Path(__file__).parent
     commit = _output("git", "-C", str(here), "rev-parse", "HEAD")
     changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
