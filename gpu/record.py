@@ -72,7 +72,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the sources that run, with + where they differ from it; ARCQUANT_COMMIT for a copy without history."""
+    """Of the sources that run, with + where they differ from it. ARCQUANT_COMMIT tells it of a bare copy."""
     if "ARCQUANT_COMMIT" in os.environ:
         return os.environ["ARCQUANT_COMMIT"]
     here = Path(__file__).parent
