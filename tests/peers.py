@@ -171,6 +171,10 @@ class Peer:
     dtypes: tuple[str, ...] = ("float32", "float16", "uint16")
     in_the_extra: bool = True  # what CI installs
 
+    @property
+    def module(self) -> str:
+        return {"nvidia-modelopt": "modelopt"}.get(self.distribution, self.distribution.replace("-", "_"))
+
 
 PEERS = {
     "torchao": Peer("torchao", torchao, ("float32", "uint16")),

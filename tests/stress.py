@@ -3,14 +3,17 @@
 `python tests/stress.py` runs the peers that are installed on them and writes tests/golden/recipes/*.npz.
 """
 
+import csv
 import json
 from pathlib import Path
 
 import numpy as np
 
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from emulator.recipes import RECIPES, quantize
 
 GOLDEN = Path(__file__).parent / "golden/recipes"
+DIFFERENCES = GOLDEN.with_name("recipe_differences.csv")
 SHAPE = (32, 64)
 BLOCKS = (32, 4, BLOCK)
 POINTS = np.concatenate(
@@ -93,6 +96,17 @@ def golden(recipe: str) -> tuple[dict[str, str], dict[str, tuple[np.ndarray, ...
         return json.loads(str(file["about"])), dict(zip(file["names"].tolist(), parts))
 
 
+def differences() -> list[list[str]]:
+    """A table: how many block scales and codes two recipes disagree in, over all matrices."""
+    made = {name: [quantize(recipe, x) for x in inputs().values()] for name, recipe in RECIPES.items()}
+
+    def count(a: str, b: str) -> int:
+        parts = [(p.codes != q.codes, p.block_scales != q.block_scales) for p, q in zip(made[a], made[b])]
+        return sum(int(codes.sum() + scales.sum()) for codes, scales in parts)
+
+    return [["", *made], *([a, *(str(count(a, b)) for b in made)] for a in made)]
+
+
 def file_name(recipe: str) -> str:
     return recipe.replace(",", "").replace("/", "over").replace(" ", "-").lower()
 
@@ -121,6 +135,8 @@ def write() -> None:
             tensor_scale=tensor_scales,
         )
         print(f"{recipe}: written, {about}")
+    with open(DIFFERENCES, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(differences())
 
 
 if __name__ == "__main__":
