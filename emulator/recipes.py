@@ -33,6 +33,8 @@ from .formats import (
 )
 
 FLT_MAX, LEAST_NORMAL = np.finfo(f32).max, np.finfo(f32).tiny
+LEAST_SCALE = 2.0 ** (1 - E4M3.bias - E4M3.mantissa_bits)
+LEAST_NORMAL_SCALE = 2.0 ** (1 - E4M3.bias)
 MINUS_ZERO = np.uint8(2**E2M1.magnitude_bits)
 E2M1_MAX, TOP = f32(largest(E2M1)), f32(largest(E2M1) * largest(E4M3))
 ROUNDS_TO_EIGHT = E2M1_MAX + f32(1)  # a tie: half of it, 3½, goes to the even 4
@@ -94,13 +96,13 @@ _ours = Recipe(
     name="arcquant_ref",
     tensor_scale="1 if A == 0 else maximum(A / 2688, LEAST_NORMAL)",
     block_scale="a / 6 / dec",
-    floor=2.0**-9,
+    floor=LEAST_SCALE,
     element="x / (s * dec)",
     residual="f32(f64(x) - f64(q * s) * f64(dec))",
     evidence="here: docs/spec.md, sections 3 and 4",
 )
 _fast = Recipe(
-    name="FlashInfer, TensorRT-LLM fast",
+    name="FlashInfer/TensorRT-LLM fast",
     tensor_scale="1 / A * 2688",
     direction="enc",
     stores="enc",
@@ -113,7 +115,7 @@ _fast = Recipe(
 )
 _exact = replace(
     _fast,
-    name="FlashInfer, TensorRT-LLM exact",
+    name="FlashInfer/TensorRT-LLM exact",
     block_scale="where(a == 0, 0, a * (enc * r6))",
     element="x * where(a == 0, 0, 1 / (s * (1 / enc)))",
     note="Transformer Engine's order without its min(·, FLT_MAX): a zero in an underflowed block becomes "
@@ -124,7 +126,7 @@ _authors = Recipe(
     tensor_scale="A / 2688",
     prescale="bf16(x / dec)",
     block_scale="a / 6",
-    floor=2.0**-9,
+    floor=LEAST_SCALE,
     element="x * (1 / s)",
     residual="bf16(x - q * s)",
     swizzled=True,
@@ -133,7 +135,7 @@ _authors = Recipe(
 )
 _trtllm_arc = replace(
     _authors,
-    name="TensorRT-LLM ARC, reorder",
+    name="TensorRT-LLM ARC (reorder)",
     tensor_scale="1 / A * 2688",
     direction="enc",
     stores="enc",
@@ -143,7 +145,7 @@ _trtllm_arc = replace(
     note="",
 )
 _fouroversix = Recipe(
-    name="fouroversix, static 6",
+    name="fouroversix (static 6)",
     tensor_scale="2688 / A",
     direction="enc",
     stores="A",
@@ -163,7 +165,7 @@ _list = [
     _trtllm_arc,
     replace(
         _trtllm_arc,
-        name="TensorRT-LLM ARC, no reorder",
+        name="TensorRT-LLM ARC (no reorder)",
         prescale="x * enc",
         residual="x - q * s",
         reorders=False,
@@ -181,8 +183,8 @@ _list = [
     ),
     _exact,
     _fast,
-    replace(_fast, name="FlashInfer, TensorRT-LLM fast, rcp + 1 ulp", reciprocal_ulp=1),
-    replace(_fast, name="FlashInfer, TensorRT-LLM fast, rcp - 1 ulp", reciprocal_ulp=-1),
+    replace(_fast, name="FlashInfer/TensorRT-LLM fast (rcp + 1 ulp)", reciprocal_ulp=1),
+    replace(_fast, name="FlashInfer/TensorRT-LLM fast (rcp - 1 ulp)", reciprocal_ulp=-1),
     Recipe(
         name="vLLM reference",
         tensor_scale="1 / A * 2688",
@@ -199,7 +201,7 @@ _list = [
         name="torchao",
         tensor_scale="A / 2688",
         block_scale="a / 6 / dec",
-        floor=2.0**-6,
+        floor=LEAST_NORMAL_SCALE,
         element="x * (1 / dec / s)",
         evidence="ran: torchao 0.18.0",
         nan=(0xFF, 0xC),
@@ -209,7 +211,7 @@ _list = [
         name="ModelOpt",
         tensor_scale="A / 2688",
         block_scale="a / (6 * dec)",
-        floor=2.0**-9,
+        floor=LEAST_SCALE,
         zero_block=1.0,
         nan=(0xFF, 0x7),
         element="x / (s * dec)",
@@ -234,7 +236,7 @@ _list = [
     _fouroversix,
     replace(
         _fouroversix,
-        name="fouroversix, 4/6",
+        name="fouroversix (4/6)",
         tensor_scale="1536 / A",
         four_over_six=True,
         note="1536 = 6 · 256: a block scale may grow by half, so that its largest element becomes 4. "

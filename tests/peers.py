@@ -48,7 +48,7 @@ def modelopt(x: np.ndarray) -> Bytes:
     return _bytes(q._quantized_data, scales, scale)
 
 
-def compressed_tensors(x: np.ndarray) -> Bytes:
+def _compressed(x: np.ndarray) -> dict[str, Any]:
     from compressed_tensors.compressors import NVFP4PackedCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.quantization.quant_scheme import NVFP4A16
@@ -59,7 +59,11 @@ def compressed_tensors(x: np.ndarray) -> Bytes:
     blocks = weight.reshape(len(weight), -1, 16)
     scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale)
     state = {"weight": weight, "weight_scale": scale, "weight_global_scale": global_scale}
-    out = NVFP4PackedCompressor.compress(state, scheme)
+    return NVFP4PackedCompressor.compress(state, scheme)
+
+
+def compressed_tensors(x: np.ndarray) -> Bytes:
+    out = _compressed(x)
     return _bytes(out["weight_packed"], out["weight_scale"], out["weight_global_scale"])
 
 
@@ -181,11 +185,59 @@ PEERS = {
     "ModelOpt": Peer("nvidia-modelopt", modelopt),
     "compressed-tensors": Peer("compressed-tensors", compressed_tensors),
     "comfy-kitchen": Peer("comfy-kitchen", comfy_kitchen),
-    "fouroversix, static 6": Peer("fouroversix", fouroversix("static_6"), in_the_extra=False),
-    "fouroversix, 4/6": Peer("fouroversix", fouroversix("mse"), in_the_extra=False),
+    "fouroversix (static 6)": Peer("fouroversix", fouroversix("static_6"), in_the_extra=False),
+    "fouroversix (4/6)": Peer("fouroversix", fouroversix("mse"), in_the_extra=False),
     "Transformer Engine reference": Peer("transformer-engine", transformer_engine),
     "vLLM reference": Peer("vllm", vllm, in_the_extra=False),
 }
+
+
+def checkpoint_torchao(x: np.ndarray) -> tuple[dict[str, Any], dict[str, str]]:
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    t = torch_of(x)
+    q = NVFP4Tensor.to_nvfp4(t, per_tensor_scale=per_tensor_amax_to_scale(t.abs().max()))
+    return flatten_tensor_state_dict({"layer.weight": q})
+
+
+def checkpoint_modelopt(x: np.ndarray) -> tuple[dict[str, Any], dict[str, str]]:
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    q, scales, scale = NVFP4QTensor.quantize(torch_of(x), 16)
+    names = ("layer.weight", "layer.weight_scale", "layer.weight_scale_2")
+    return dict(zip(names, (q._quantized_data, scales, scale))), {}
+
+
+def checkpoint_compressed_tensors(x: np.ndarray) -> tuple[dict[str, Any], dict[str, str]]:
+    return {f"layer.{name}": tensor for name, tensor in _compressed(x).items()}, {}
+
+
+def checkpoint_comfy_kitchen(x: np.ndarray) -> tuple[dict[str, Any], dict[str, str]]:
+    import comfy_kitchen
+    from comfy_kitchen.tensor.nvfp4 import TensorCoreNVFP4Layout
+
+    with comfy_kitchen.use_backend("eager"):
+        tensors = TensorCoreNVFP4Layout.state_dict_tensors(*TensorCoreNVFP4Layout.quantize(torch_of(x)))
+    return {f"layer.weight{suffix}": tensor for suffix, tensor in tensors.items()}, {}
+
+
+def checkpoint_fouroversix(x: np.ndarray) -> tuple[dict[str, Any], dict[str, str]]:
+    from fouroversix import QuantizationConfig, quantize_to_fp4
+
+    q = quantize_to_fp4(torch_of(x), QuantizationConfig(backend="pytorch"))
+    parts = {"values": q.values, "scale_factors": q.scale_factors, "amax": q.amax}
+    return {f"layer.quantized_weight_{name}": tensor for name, tensor in parts.items()}, {}
+
+
+CHECKPOINTS = {  # what these libraries save, under the names that they save it
+    "torchao": checkpoint_torchao,
+    "ModelOpt": checkpoint_modelopt,
+    "compressed-tensors": checkpoint_compressed_tensors,
+    "comfy-kitchen": checkpoint_comfy_kitchen,
+    "fouroversix (4/6)": checkpoint_fouroversix,
+}
+
 NotInstalled = metadata.PackageNotFoundError
 
 

@@ -5,6 +5,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from arcquant_ref.formats import BLOCK, E2M1, E4M3
 from emulator.recipes import RECIPES, quantize
 
 GOLDEN = Path(__file__).parent / "golden/recipes"
+SAVED = "scales between two, amax 1792, bfloat16"  # the matrix in the libraries' own files
 DIFFERENCES = GOLDEN.with_name("recipe_differences.csv")
 SHAPE = (32, 64)
 BLOCKS = (32, 4, BLOCK)
@@ -108,12 +110,17 @@ def differences() -> list[list[str]]:
 
 
 def file_name(recipe: str) -> str:
-    return recipe.replace(",", "").replace("/", "over").replace(" ", "-").lower()
+    return re.sub("[^a-z0-9]+", "-", recipe.replace("/", "over").lower()).strip("-")
+
+
+def checkpoint(recipe: str) -> Path:
+    return GOLDEN / f"{file_name(recipe)}.safetensors"
 
 
 def write() -> None:
     import peers
     import torch
+    from safetensors.torch import save_file
 
     GOLDEN.mkdir(exist_ok=True)
     np.savez_compressed(GOLDEN / "inputs.npz", **matrices())
@@ -135,6 +142,9 @@ def write() -> None:
             tensor_scale=tensor_scales,
         )
         print(f"{recipe}: written, {about}")
+        if recipe in peers.CHECKPOINTS:
+            tensors, metadata = peers.CHECKPOINTS[recipe](inputs()[SAVED])
+            save_file(tensors, checkpoint(recipe), metadata)
     with open(DIFFERENCES, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(differences())
 

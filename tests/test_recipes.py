@@ -106,13 +106,13 @@ def test_any_two_recipes_differ():
 TWO_LEVEL = [
     "arcquant_ref",
     "Transformer Engine reference",
-    "FlashInfer, TensorRT-LLM exact",
-    "FlashInfer, TensorRT-LLM fast",
+    "FlashInfer/TensorRT-LLM exact",
+    "FlashInfer/TensorRT-LLM fast",
     "vLLM reference",
     "torchao",
     "ModelOpt",
     "compressed-tensors",
-    "fouroversix, static 6",
+    "fouroversix (static 6)",
     "comfy-kitchen",
 ]
 
@@ -168,7 +168,7 @@ def test_a_defect_is_reproduced_an_element_without_clamp_becomes_minus_zero(prod
     """fouroversix: v = 1.4 · 2⁻⁹ is stored as 2⁻⁹, and the amax of the block, 8.4 steps, as −0."""
     x = np.zeros((2, BLOCK), np.float32)
     x[0, :2], x[1] = [6 * 1.4 * 2.0**-9, -6 * 1.4 * 2.0**-9], 2688
-    for name, codes in {"fouroversix, static 6": [8, 8], "Transformer Engine reference": [7, 15]}.items():
+    for name, codes in {"fouroversix (static 6)": [8, 8], "Transformer Engine reference": [7, 15]}.items():
         q = recipes.quantize(RECIPES[name], x)
         assert q.block_scales[0, 0] == 1
         assert q.codes[0, :2].tolist() == codes
@@ -192,15 +192,15 @@ def block_beside(amax: float, *elements: float) -> np.ndarray:
     [
         ("arcquant_ref", 0x01, [0, 0, 8, 8]),
         ("Transformer Engine reference", 0x00, [7, 0, 0, 15]),
-        ("FlashInfer, TensorRT-LLM exact", 0x00, [7, 7, 7, 15]),
-        ("FlashInfer, TensorRT-LLM fast", 0x00, [7, 7, 7, 15]),
+        ("FlashInfer/TensorRT-LLM exact", 0x00, [7, 7, 7, 15]),
+        ("FlashInfer/TensorRT-LLM fast", 0x00, [7, 7, 7, 15]),
         ("ARCQuant authors", 0x01, [0, 0, 8, 8]),
-        ("TensorRT-LLM ARC, reorder", 0x01, [0, 0, 8, 8]),
+        ("TensorRT-LLM ARC (reorder)", 0x01, [0, 0, 8, 8]),
         ("vLLM reference", 0x00, [0, 0, 0, 8]),
         ("torchao", 0x08, [0, 0, 8, 8]),
         ("ModelOpt", 0x01, [0, 0, 0, 8]),
         ("compressed-tensors", 0x20, [0, 0, 0, 8]),
-        ("fouroversix, static 6", 0x00, [0, 0, 0, 0]),
+        ("fouroversix (static 6)", 0x00, [0, 0, 0, 0]),
         ("comfy-kitchen", 0x00, [0, 0, 0, 0]),
     ],
 )
@@ -217,7 +217,7 @@ def test_the_reciprocal_is_a_parameter():
     x = block_beside(2688, 6 * step, 1.25 * step, 2.5 * step, 5 * step, 0.75 * step, 1.75 * step)
     assert recipes.quantize(OURS, x).codes[0, 1:6].tolist() == [2, 4, 6, 2, 4]
     for ulp, expected in {0: [3, 5, 7, 2, 4], 1: [3, 5, 7, 2, 4], -1: [2, 4, 6, 1, 3]}.items():
-        recipe = replace(RECIPES["TensorRT-LLM ARC, reorder"], reciprocal_ulp=ulp)
+        recipe = replace(RECIPES["TensorRT-LLM ARC (reorder)"], reciprocal_ulp=ulp)
         assert recipes.quantize(recipe, x).codes[0, 1:6].tolist() == expected
     codes = [recipes.quantize(r, x).codes.tobytes() for name, r in RECIPES.items() if "fast" in name]
     assert len(codes) == 3
@@ -231,8 +231,8 @@ def test_scaled_input_and_residual_in_bfloat16():
     expected = {
         "arcquant_ref": (3, 1.25 * (1 + 2.0**-12) - 1.5),
         "ARCQuant authors": (2, 0.25),
-        "TensorRT-LLM ARC, reorder": (2, 0.25),
-        "TensorRT-LLM ARC, no reorder": (3, 1.25 * (1 + 2.0**-12) - 1.5),
+        "TensorRT-LLM ARC (reorder)": (2, 0.25),
+        "TensorRT-LLM ARC (no reorder)": (3, 1.25 * (1 + 2.0**-12) - 1.5),
     }
     for name, (code, r) in expected.items():
         q = recipes.augment(RECIPES[name], x, selection)
