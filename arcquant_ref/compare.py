@@ -17,6 +17,7 @@ from . import layout
 from .formats import BLOCK, E2M1, E4M3, Codes, Float32, decode
 
 F32 = np.float32
+MINUS_ZERO = 2**E2M1.magnitude_bits
 ULPS = 8  # this near to a midpoint, the order of roundings decides
 NAMES = [  # of codes, block scales and tensor scale in files, and what the last one usually is
     ("codes", "block_scales", "tensor_scale", "dec"),
@@ -81,6 +82,7 @@ class Match:
     produced: Produced
     scales: int
     codes: int
+    same_tensor_scale: bool
 
     @property
     def exact(self) -> bool:
@@ -102,7 +104,7 @@ def read(name: str) -> Packed:
     if not found or (wanted and wanted not in found):
         known = "; ".join(" + ".join(names[:3]) for names in NAMES)
         raise ValueError(
-            f"{path} holds no packed tensor {wanted + '…' if wanted else ''}: it holds "
+            f"{path} holds no packed tensor{' ' + wanted + '…' if wanted else ''}: it holds "
             f"{', '.join(sorted(entries)) or 'nothing'}. Known names, after any prefix: {known}."
         )
     if len(found) > 1 and not wanted:
@@ -219,18 +221,26 @@ def matches(packed: Packed, reading: Reading, x: Float32) -> list[Match]:
         inputs = _dtypes_of(x) if "t(" in recipe.tensor_scale + recipe.block_scale else {"": x}
         for dtype, typed in inputs.items():
             label = recipe.name + (f" from {dtype}" if dtype else "")
-            tried = [_match(recipe, label, typed, None, reading)]
+            tried = [_match(packed, recipe, label, typed, None, reading)]
             given = _as_stored_by(recipe, packed.tensor_scale, reading.direction)
             if given is not None and given != tried[0].produced.tensor_scale:
-                tried.append(_match(recipe, label, typed, given, reading))
+                tried.append(_match(packed, recipe, label, typed, given, reading))
             found.append(min(tried, key=lambda match: match.scales + match.codes))
     return sorted(found, key=lambda match: (match.scales + match.codes, len(remarks(match, reading))))
 
 
-def _match(recipe: Recipe, label: str, x: NDArray[Any], given: np.float32 | None, reading: Reading) -> Match:
+def _match(
+    packed: Packed,
+    recipe: Recipe,
+    label: str,
+    x: NDArray[Any],
+    given: np.float32 | None,
+    reading: Reading,
+) -> Match:
     produced = recipes.quantize(recipe, x, given)
     scales, codes = differing(produced.block_scales, produced.codes, reading.block_scales, reading.codes)
-    return Match(recipe, label, x, given, produced, int(scales.sum()), int(codes.sum()))
+    same = produced.tensor_scale.tobytes() == packed.tensor_scale.tobytes()
+    return Match(recipe, label, x, given, produced, int(scales.sum()), int(codes.sum()), same)
 
 
 def differing(
@@ -275,9 +285,11 @@ def remarks(match: Match, reading: Reading) -> list[str]:
     if reading.swizzled != recipe.swizzled:
         said.append("scales swizzled" if reading.swizzled else "scales linear")
     if reading.direction not in (recipe.stores, "unknown"):
-        said.append(f"its tensor scale {DIRECTIONS[recipe.stores]}")
+        said.append(f"the library's tensor scale {DIRECTIONS[recipe.stores]}")
     if match.given is not None:
         said.append("with this tensor scale given")
+    elif not match.same_tensor_scale and reading.direction in (recipe.stores, "unknown"):
+        said.append(f"the library's tensor scale is {match.produced.tensor_scale:.9g}")
     return said
 
 
@@ -332,10 +344,10 @@ def _why_scale(match: Match, row: int, b: int, expected: Any, found: Any) -> str
     v = _formula(match, row, b * BLOCK, recipe.block_scale)
     a = np.abs(_as_float32(match.x)[row, b * BLOCK : (b + 1) * BLOCK]).max()
     here = f"{recipe.block_scale} = {_bits(v)}"
+    if E4M3.nan_code in (int(expected) & 0x7F, int(found) & 0x7F):
+        return "A NaN scale: 0 / 0, as some libraries have it for an all-zero tensor."
     if a == 0:
         return "A zero block: libraries store different scales for it."
-    if np.isnan(v) or E4M3.nan_code in (int(expected) & 0x7F, int(found) & 0x7F):
-        return f"{here}: NaN is the scale of an all-zero tensor, or of one whose tensor scale is wrong."
     if v < max(recipe.floor, E4M3.least_positive):
         return f"An underflowed scale: {here} is below the least one; libraries floor it differently or not."
     if v < E4M3.least_normal and min(expected, found) < 8 <= max(expected, found):
@@ -358,14 +370,14 @@ def _why_scale(match: Match, row: int, b: int, expected: Any, found: Any) -> str
 def _why_code(match: Match, row: int, k: int, expected: Any, found: Any) -> str:
     scaled = _formula(match, row, k, match.recipe.element)
     here = f"{match.recipe.element} = {_bits(scaled)}"
-    magnitudes = sorted(int(code) % 8 for code in (expected, found))
+    magnitudes = sorted(int(code) % MINUS_ZERO for code in (expected, found))
     if match.produced.block_scales[row, k // BLOCK] == 0:
         return f"The scale underflowed to 0, {here}: libraries divide by it, guard it, or write zeros."
     if magnitudes == [0, 0]:
         return f"The sign of zero, {here}: some keep the sign bit, some the sign of x < 0."
-    if 8 in (int(found), int(expected)) and abs(scaled) >= 7:
+    if MINUS_ZERO in (int(found), int(expected)) and abs(scaled) >= 7:
         return f"{here} rounds to 8, which has no code: one of the two does not clamp."
-    if magnitudes[1] - magnitudes[0] == 1 and (int(expected) ^ int(found)) < 8:
+    if magnitudes[1] - magnitudes[0] == 1 and (int(expected) ^ int(found)) < MINUS_ZERO:
         low, high = E2M1.magnitudes[magnitudes]
         middle = (low + high) / 2
         if _near(abs(scaled), middle):
@@ -395,7 +407,7 @@ EXPLAINED = 3  # of the different outcomes that do not fit, the nearest
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a report: in how many bytes a recipe differs, and what else is not as its library does it."""
+    """One line of a report: in how many bytes a recipe differs, and what else its library does otherwise."""
 
     recipe: str
     scales: int
@@ -453,11 +465,10 @@ def against(packed: Packed, x: Float32) -> Report:
 
     Raises ValueError if x has another shape than the tensor, padding aside.
     """
-    rows, k = packed.shape
-    if not (0 <= rows - len(x) < layout.TILE_ROWS and 0 <= k - x.shape[1] < layout.TILE_COLS * BLOCK):
+    if not _only_padding_beyond(packed, x.shape):
         raise ValueError(
-            f"the input has shape {x.shape}, but {packed.file} holds {rows} x {k} codes. Pass the matrix "
-            f"that was quantized, (rows, K) in the same order."
+            f"the input has shape {x.shape}, but {packed.file} holds {packed.shape[0]} x {packed.shape[1]} "
+            f"codes. Pass the matrix that was quantized, (rows, K) in the same order."
         )
     reading, certain = detect(packed, x)
     found = matches(packed, reading, x)
@@ -480,6 +491,15 @@ def against(packed: Packed, x: Float32) -> Report:
         rows=table,
         explanations=_explanations(found, reading),
     )
+
+
+def _only_padding_beyond(packed: Packed, shape: tuple[int, ...]) -> bool:
+    """Libraries fill whole tiles up with zeros: outside `shape` is nothing else, and less than a tile."""
+    (rows, k), (less_rows, less_k) = packed.shape, shape
+    if not (0 <= rows - less_rows < layout.TILE_ROWS and 0 <= k - less_k < layout.TILE_COLS * BLOCK):
+        return False
+    magnitudes = layout.unpack(packed.packed) % MINUS_ZERO
+    return not (magnitudes[less_rows:].any() or magnitudes[:, less_k:].any())
 
 
 def _explanations(found: list[Match], reading: Reading) -> dict[str, str]:
@@ -531,8 +551,7 @@ class PairReport:
 def pair(a: Packed, b: Packed) -> PairReport:
     """Two packed tensors of the same matrix, without that matrix. Raises ValueError for different shapes."""
     shape = (min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1]))
-    more_rows, more_k = abs(a.shape[0] - b.shape[0]), abs(a.shape[1] - b.shape[1])
-    if more_rows >= layout.TILE_ROWS or more_k >= layout.TILE_COLS * BLOCK:
+    if not (_only_padding_beyond(a, shape) and _only_padding_beyond(b, shape)):
         raise ValueError(
             f"{a.file} holds {a.shape[0]} x {a.shape[1]} codes and {b.file} {b.shape[0]} x {b.shape[1]}; "
             f"they do not come from one matrix. Compare tensors of one shape."
