@@ -93,13 +93,16 @@ def test_the_library_that_writes_a_file_now_is_found(name, file):
 
 
 @pytest.mark.parametrize("name", PEERS)
-@pytest.mark.parametrize("matrix", ["near ties, float32", "heavy tails, bfloat16"])
+@pytest.mark.parametrize("matrix", ["near ties, float32", "heavy tails, bfloat16", "all zero, bfloat16"])
 def test_every_recipe_is_recognised_in_its_own_bytes(name, matrix, file):
     x = stress.inputs()[matrix]
     packed = written_by(file, name, x)
     x = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
     report = compare.against(packed, x)
-    assert any(writer.startswith(name) for writer in report.writers)
+    if report.packing.endswith("(other readings fit as well)"):  # a tensor of zeros has no order of nibbles
+        assert any(row.exact for row in report.rows if row.recipe.startswith(name))
+    else:
+        assert any(writer.startswith(name) for writer in report.writers)
 
 
 @pytest.mark.parametrize("direction", ["dec", "enc", "A"])
