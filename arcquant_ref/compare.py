@@ -17,7 +17,7 @@ from . import layout
 from .formats import BLOCK, E2M1, E4M3, Codes, Float32, decode
 
 F32 = np.float32
-MINUS_ZERO = 2**E2M1.magnitude_bits
+MINUS_ZERO, LEAST_NORMAL_CODE = 2**E2M1.magnitude_bits, 2**E4M3.mantissa_bits
 ULPS = 8  # this near to a midpoint, the order of roundings decides
 NAMES = [  # of codes, block scales and tensor scale in files, and what the last one usually is
     ("codes", "block_scales", "tensor_scale", "dec"),
@@ -350,7 +350,7 @@ def _why_scale(match: Match, row: int, b: int, expected: Any, found: Any) -> str
         return "A zero block: libraries store different scales for it."
     if v < max(recipe.floor, E4M3.least_positive):
         return f"An underflowed scale: {here} is below the least one; libraries floor it differently or not."
-    if v < E4M3.least_normal and min(expected, found) < 8 <= max(expected, found):
+    if v < E4M3.least_normal and min(expected, found) < LEAST_NORMAL_CODE <= max(expected, found):
         return f"A subnormal scale, {here}: one of the two has a floor at 2⁻⁶."
     low, high = sorted(decode(E4M3, np.array([expected, found], np.uint8)).tolist())
     if abs(int(expected) - int(found)) == 1 and _near(v, (low + high) / 2):
@@ -359,7 +359,10 @@ def _why_scale(match: Match, row: int, b: int, expected: Any, found: Any) -> str
             f"the order of roundings decides."
         )
     if abs(int(expected) - int(found)) == 1 and abs(v - (low + high) / 2) < 2.0**-8 * v:
-        return f"{here} is near the midpoint {(low + high) / 2:g}: one of the two rounded to 16 bits first."
+        return (
+            f"{here} is near the midpoint {(low + high) / 2:g}, as if one of the two had rounded to 16 bits "
+            f"first."
+        )
     if low and 4 / 3 < high / low < 2:
         return (
             f"{here}: one scale is {high / low:.3g} times the other, as under the 4/6 rule (1.5 or 448/256)."
@@ -386,7 +389,9 @@ def _why_code(match: Match, row: int, k: int, expected: Any, found: Any) -> str:
                 f"roundings decides."
             )
         if abs(abs(scaled) - middle) < 2.0**-8 * middle:
-            return f"{here} is near the midpoint {middle:g}: one of the two rounded to 16 bits first."
+            return (
+                f"{here} is near the midpoint {middle:g}, as if one of the two had rounded to 16 bits first."
+            )
     return f"{here} is not near a midpoint: the steps differ, or the numbers that were quantized."
 
 
