@@ -25,7 +25,8 @@ from .tensor import NVFP4Tensor, written_whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it worked, 1 if a bound is violated, 2 for wrong input, 130 for Ctrl-C."""
+    """Run one command; 0 if it worked, 1 if a bound is violated or no recipe fits, 2 for wrong input, 130 for
+    Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         code = args.command(args) or 0
@@ -242,6 +243,29 @@ def run_bench(args: argparse.Namespace) -> None:
             figure.savefig(file, format="png", dpi=120)
 
 
+def run_compare(args: argparse.Namespace) -> int:
+    if len(args.tensors) > 2 or (len(args.tensors) == 1 and args.input is None):
+        raise ValueError(
+            f"compare takes one packed tensor with --input, or two; {len(args.tensors)} given. "
+            f"`arcquant compare q.safetensors --input x.npy` needs the matrix that was quantized."
+        )
+    backends.get("emulator")  # or the reason why not
+    from . import compare
+
+    packed = [compare.read(name) for name in args.tensors]
+    x = None if args.input is None else read_matrix(args.input)
+    reports: list[Any] = [] if x is None else [compare.against(tensor, x) for tensor in packed]
+    agree = all(report.fits for report in reports)
+    if len(packed) == 2:
+        reports.append(compare.pair(*packed))
+        agree = agree and reports[-1].same
+    if args.json:
+        _print_json([asdict(report) for report in reports])
+    else:
+        print(*reports, sep="\n\n")
+    return int(not agree)
+
+
 def run_info(args: argparse.Namespace) -> None:
     packages = (
         "numpy",
@@ -422,6 +446,17 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=4096, help="rows and columns to quantize; products have size/4"
     )
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw time against size, from 256 up")
+
+    p = command(
+        "compare",
+        run_compare,
+        "which library could have written these NVFP4 bytes, and where and why another's differ",
+        as_json,
+    )
+    p.add_argument(
+        "tensors", nargs="+", metavar="FILE.safetensors[:PREFIX]", help="one packed tensor, or two"
+    )
+    p.add_argument("--input", metavar="MATRIX", help=f"what was quantized: {matrix_help}")
 
     command("info", run_info, "versions, usable backends, where the sample comes from", as_json)
     return parser

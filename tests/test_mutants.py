@@ -172,6 +172,21 @@ EMULATOR_MUTANTS = [
 ]
 
 
+RECIPES, COMPARE = "test_recipes.py", "test_compare.py"
+EMULATOR_MUTANTS += [
+    ("recipes", RECIPES, '"a / (6 * dec)"', '"a / 6 / dec"'),  # ModelOpt
+    ("recipes", RECIPES, '"x * (1 / dec / s)"', '"x * (1 / (dec * s))"'),  # torchao
+    ("recipes", RECIPES, "t(t(1 / A) * 2688)", "t(2688 / A)"),  # compressed-tensors: PyTorch's reciprocal
+    ("recipes", RECIPES, "(codes == MINUS_ZERO) & ~(scaled < 0)", "codes == MINUS_ZERO"),
+    ("recipes", RECIPES, "np.copysign(f32(8), scaled[eight])", "np.copysign(f32(6), scaled[eight])"),
+    ("recipes", RECIPES, "(r.view(np.int32) + np.int32(ulp))", "(r.view(np.int32) - np.int32(ulp))"),
+]
+COMPARE_MUTANTS = [
+    ("compare", COMPARE, "2)[:, :, ::-1].reshape(rows, k)", "2).reshape(rows, k)"),  # one order of nibbles
+    ("compare", COMPARE, '"enc": 1 / t,', '"enc": t,'),  # a divisor taken for a multiplier
+]
+
+
 def run_pytest(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--hypothesis-profile", "mutants", *(f"tests/{test}" for test in tests)]
@@ -204,7 +219,11 @@ RUNS = {
     f"{module}: {new.strip()}": (BOTH[:1], f"arcquant_ref/{module}.py", old, new, core_first(module))
     for module, old, new in MUTANTS
 }
-for package, mutants in (("arcquant_ref", BOUNDS_MUTANTS), ("emulator", EMULATOR_MUTANTS)):
+for package, mutants in (
+    ("arcquant_ref", BOUNDS_MUTANTS),
+    ("emulator", EMULATOR_MUTANTS),
+    ("arcquant_ref", COMPARE_MUTANTS),
+):
     RUNS |= {
         f"{package}/{module}: {new.strip()}": (BOTH, f"{package}/{module}.py", old, new, [tests])
         for module, tests, old, new in mutants
@@ -212,7 +231,7 @@ for package, mutants in (("arcquant_ref", BOUNDS_MUTANTS), ("emulator", EMULATOR
 NOTHING = ("arcquant_ref/gemm.py", "MAX_DEPTH = ", "MAX_DEPTH = ")
 UNCHANGED = {  # or every mutant would be caught by the copying
     "unchanged core": (BOTH[:1], *NOTHING, core_first("formats")),
-    "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES, BOUNDS, PROOF]),
+    "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES, BOUNDS, PROOF, RECIPES, COMPARE]),
 }
 in_ci = pytest.mark.skipif(
     not os.environ.get("CI"), reason="in CI only: every mutant is a test run of its own"

@@ -132,6 +132,30 @@ def test_the_readme_shows_what_the_demo_prints():
         assert " ".join(part.split()) in " ".join(text.split())
 
 
+def test_the_page_of_recipes_is_what_the_code_prints():
+    """`python -m emulator.recipes > docs/recipes.md`"""
+    from emulator.recipes_page import markdown
+
+    assert (ROOT / "docs/recipes.md").read_text() == markdown()
+
+
+def test_compare_prints_what_its_page_shows(tmp_path, monkeypatch, capsys):
+    import numpy as np
+    import stress
+
+    from arcquant_ref.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", (stress.inputs()[stress.SAVED].astype(np.uint32) << 16).view(np.float32))
+    for name, library in {"q": "compressed-tensors", "other": "ModelOpt"}.items():
+        Path(f"{name}.safetensors").write_bytes(stress.checkpoint(library).read_bytes())
+    shown = re.findall(r"```\n\$ arcquant (.*)\n([^`]*)```", (ROOT / "docs/compare.md").read_text())
+    assert len(shown) == 2
+    for (line, output), code in zip(shown, (0, 1)):
+        assert main(line.split()) == code
+        assert capsys.readouterr().out == output
+
+
 def test_every_deviation_has_a_test_of_that_name():
     page = (ROOT / "docs/deviations.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", page))
