@@ -534,6 +534,16 @@ def registers_of_d(matrix: Array) -> list[Array]:
     return [parts[register >> 1, register & 1].ravel() for register in range(4)]
 
 
+def scales_of_a(register: Array, thread: int) -> Array:
+    """(warps, 16): of row g in lane 2·thread of the quad g, of row g + 8 in the next one."""
+    return np.concatenate([register[:, :, 2 * thread], register[:, :, 2 * thread + 1]], axis=1)
+
+
+def scales_of_b(register: Array, thread: int) -> Array:
+    """(warps, 8): of column g in lane `thread` of the quad g."""
+    return np.ascontiguousarray(register[:, :, thread])
+
+
 def halves_in(registers: Array) -> Array:
     return registers.view(u16).reshape(*registers.shape, 2)
 
@@ -569,8 +579,7 @@ SHAPE, BLOCK_SCALE = r"(?:\.m16n8k64\.row\.col)?", r"\.kind::mxf4nvf4\.block_sca
 
 @instruction(rf"mma\.sync\.aligned{SHAPE}{BLOCK_SCALE}{SHAPE}\.f32\.e2m1\.e2m1\.f32\.ue4m3")
 def _mma_nvfp4(o: Operands) -> Run:
-    """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}: those of row g are in thread
-    2·thread of the quad g, those of row g + 8 in the next one; those of column g in `thread`."""
+    """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}."""
     if len(o.texts) != 8:
         raise o.unsupported("it takes 8 operands")
     d, a, b, c, scales_a, selector_a, scales_b, selector_b = o.texts
@@ -592,9 +601,7 @@ def _mma_nvfp4(o: Operands) -> Run:
         b = rows_of_b([codes_in(x) for x in over_lanes(batch, of_b)])
         c = matrix_of_c(over_lanes(batch, of_c)).view(f32)
         quads_a, quads_b = over_lanes(batch, scales)
-        pair, single = 2 * selected(batch, 0), selected(batch, 1)
-        sfa = np.concatenate([quads_a[:, :, pair], quads_a[:, :, pair + 1]], axis=1)
-        sfb = np.ascontiguousarray(quads_b[:, :, single])
+        sfa, sfb = scales_of_a(quads_a, selected(batch, 0)), scales_of_b(quads_b, selected(batch, 1))
         sfa, sfb = (x.view(u8).reshape(len(x), -1, 4) for x in (sfa, sfb))
         for number, d in zip(numbers, registers_of_d(nvfp4_warps(a, b, sfa, sfb, c))):
             batch.set_active(number, d)

@@ -89,8 +89,9 @@ def test_the_emulator_shares_types_widths_and_checks_but_no_arithmetic():
         assert "fastmath=" not in path.read_text()
 
 
-# With reference and emulator, that is what they are for; and what these two need: inputs, a record
-COMPARES = {"verify.py", "bench.py", "stress.py", "record.py"}
+# With reference and emulator, that is what they are for; what these two need: inputs, a record. And pictures,
+# which show the reference's layout and the interpreter's lanes
+COMPARES = {"verify.py", "bench.py", "stress.py", "record.py", "plots.py"}
 
 
 def test_gpu_shares_types_widths_and_checks_but_no_arithmetic():
