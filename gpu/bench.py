@@ -8,9 +8,10 @@ on the timed shape are compared with the emulator's on some rows; what differs i
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -535,9 +536,31 @@ def report(results: dict[Case, Result], peak: Peak, machine: dict[str, Any]) -> 
     return {"program": "gpu.bench", "machine": machine, "peak": asdict(peak), "rows": rows}
 
 
+def recorded(path: Path) -> tuple[dict[Case, Result], Peak]:
+    """What `report` made of a run. ValueError for another file."""
+    try:
+        found = json.loads(path.read_text())
+        results = {}
+        for row in found["rows"]:
+            case = Case(**{field.name: row[field.name] for field in fields(Case)})
+            times = {f.name: row[f.name] for f in fields(Result) if f.name != "case"}
+            results[case] = Result(case=case, **times)
+        return results, Peak(**found["peak"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record of gpu.bench --json ({error!r}).") from error
+
+
+def show(results: dict[Case, Result], peak: Peak) -> None:
+    print(f"peaks: {peak.flops_per_second / 1e12:.0f} TFLOP/s, {peak.bytes_per_second / 1e9:.0f} GB/s\n")
+    print(*grids(results, peak), sep="\n\n")
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m gpu.bench", description=str(__doc__).split("\n\n")[0])
     made.add_argument("--dry-run", action="store_true", help="the plan and its floor times; needs no GPU")
+    made.add_argument(
+        "--show", type=Path, metavar="FILE", help="the tables of an earlier --json; needs no GPU"
+    )
     made.add_argument("--only", choices=("quantize", "gemm"))
     made.add_argument(
         "--rows", nargs="+", type=int, default=ROWS, metavar="M", help="default: 1, 2, 4 … 8192"
@@ -569,6 +592,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         print(f"{len(cases)} cases", *floors(cases), sep="\n\n")
         return 0
+    if args.show:
+        try:
+            results, peak = recorded(args.show)
+        except (OSError, ValueError) as error:
+            print(f"gpu.bench: {error}", file=sys.stderr)
+            return 2
+        show({case: result for case, result in results.items() if case in cases}, peak)
+        return 0
     reason = load.why_not()
     try:
         import torch
@@ -583,8 +614,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = record.machine(bench.device)
     peak = bench.peak()
     results = {case: bench.run(case) for case in tqdm(cases, "cases", disable=None)}
-    print(f"peaks: {peak.flops_per_second / 1e12:.0f} TFLOP/s, {peak.bytes_per_second / 1e9:.0f} GB/s\n")
-    print(*grids(results, peak), sep="\n\n")
+    show(results, peak)
     failed = [result for result in results.values() if result.failed]
     print(
         f"\n{len(results)} cases, {len(failed)} failed", *(f"{r.case}: {r.reason}" for r in failed), sep="\n"

@@ -4,6 +4,7 @@ the GPU that computes with the emulator in torch's CPU tensors. No time is asser
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,8 @@ import emulator
 from arcquant_ref import NVFP4Tensor, layout
 from gpu import bench, launch, verify
 from gpu.device import Array
+
+ROOT = Path(__file__).parent.parent
 
 optional("cupy")
 
@@ -337,3 +340,18 @@ def test_the_timer_overwrites_l2_before_each_call_and_lets_the_host_get_ahead():
     assert log[: bench.WARM] == ["call 0", "call 1", "call 2"]
     assert log[-83:] == ["wait", "sleep", *once, "wait"]
     assert [timer.copies(nbytes) for nbytes in (10**6, 40_000_000, 10**9)] == [bench.COPIES, 3, 1]
+
+
+def test_a_record_prints_its_tables_again(capsys, tmp_path):
+    record = ROOT / "docs/results/bench_h100.json"
+    layer = ["--rows", "1", "4096", "--layers", "28672x4096"]
+    assert bench.main(["--show", str(record), *layer]) == 0
+    out = capsys.readouterr().out
+    assert "N=28672 K=4096: median, microseconds\n     M  torch fp16" in out
+    assert "K=4096: part of a copy's bandwidth" in out
+    assert "N=6144" not in out
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"rows": [{}]}')
+    assert bench.main(["--show", str(wrong)]) == 2
+    assert "wrong.json is not a record of gpu.bench --json" in capsys.readouterr().err
+    assert bench.main(["--show", str(tmp_path / "absent.json")]) == 2
