@@ -213,11 +213,11 @@ def regimes(scheme: str) -> list[tuple[str, float, float]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One scheme in one regime, everything in units of the tensor scale."""
+class Regime:
+    """What the sweep says of one scheme in one regime, everything in units of the tensor scale."""
 
     scheme: str
-    regime: str
+    name: str
     low: float
     high: float
     amaxes: int  # how many were tried
@@ -227,20 +227,20 @@ class Row:
     block: list[float]  # the numbers with the largest error / amax
 
 
-def rows(swept: Sweep) -> list[Row]:
-    """What the sweep says of every regime that it has amaxes of."""
+def by_regime(swept: Sweep) -> list[Regime]:
+    """Every regime that the sweep has amaxes of."""
     a, found = swept.amaxes, []
     for s, scheme in enumerate(SCHEMES):
-        for regime, low, high in regimes(scheme):
+        for name, low, high in regimes(scheme):
             inside = np.flatnonzero((a >= low) & (a < high))
             if not len(inside):
                 continue
             i = inside[np.argmax(swept.worst[s, inside] / a[inside])]
             chosen = swept.elements[swept.at[[[0], [2, 1]][s], i]]
             found.append(
-                Row(
+                Regime(
                     scheme=scheme,
-                    regime=regime,
+                    name=name,
                     low=low,
                     high=high,
                     amaxes=len(inside),
@@ -287,7 +287,7 @@ class Nearest:
     block: list[float]
 
 
-def nearest_float32(tensor_scale: float) -> list[Nearest]:
+def search_float32(tensor_scale: float) -> list[Nearest]:
     """Blocks of float32 around every pair of thresholds, ± 1 ulp: an amax where the block scale changes, an
     element that leaves a residual where the residual's scale changes, and one that then errs most."""
     values = np.array([value_of(code, SCALE) for code in range(SCALE.top + 1)])
@@ -403,9 +403,9 @@ class Line:
     real_layers: float  # the largest in the inputs of the sample's layers
 
 
-def table(swept: list[Row]) -> list[Line]:
+def table(found: list[Regime]) -> list[Line]:
     """Every scheme: what the paper states, what is proved, what occurs."""
-    attained = {row.scheme: row.attained for row in swept if row.regime == "normal"}
+    attained = {r.scheme: r.attained for r in found if r.name == "normal"}
     attained |= {scheme: mx_attained(mx, bfloat16()) for scheme, mx in MX.items()}
     normal = relative_errors(np.random.default_rng(0).standard_normal((512, 1024), np.float32))
     layers = [relative_errors(layer.evaluation) for layer in load_sample()]
@@ -429,7 +429,7 @@ class Proof:
     """All that `arcquant bounds --prove` finds."""
 
     cases: dict[str, int]
-    rows: dict[str, list[Row]]
+    regimes: dict[str, list[Regime]]
     float32: list[Nearest]
     below_mxfp8: dict[str, tuple[float, float]]
     table: list[Line]
@@ -437,7 +437,7 @@ class Proof:
     @property
     def holds(self) -> bool:
         """No error exceeds its bound or constant, but for what is allowed for the rounding of float32."""
-        exhaustive = all(row.worst_ratio <= 1 for found in self.rows.values() for row in found)
+        exhaustive = all(r.worst_ratio <= 1 for found in self.regimes.values() for r in found)
         float32 = [n.ratio for n in self.float32]
         float32 += [max(line.attained, line.real_layers) / line.constant for line in self.table]
         return exhaustive and max(float32) <= 1 + bounds.ROUNDING_RELATIVE
@@ -448,11 +448,11 @@ def prove() -> Proof:
     numbers = {"bfloat16": bfloat16(), "float16": float16()}
     tensor_scales = [1.0, *(1 + np.random.default_rng(0).random(OTHER_TENSOR_SCALES))]
     swept = {dtype: sweep(x, that_matter(x)) for dtype, x in numbers.items()}
-    found = {dtype: rows(one) for dtype, one in swept.items()}
+    found = {dtype: by_regime(one) for dtype, one in swept.items()}
     return Proof(
         cases={dtype: one.cases for dtype, one in swept.items()},
-        rows=found,
-        float32=[n for scale in tqdm(tensor_scales, "float32", disable=None) for n in nearest_float32(scale)],
+        regimes=found,
+        float32=[n for scale in tqdm(tensor_scales, "float32", disable=None) for n in search_float32(scale)],
         below_mxfp8={name: range_below(arc, float(MX[name].constant)) for name in MX if "MXFP8" in name},
         table=table(found["bfloat16"]),
     )
@@ -461,7 +461,7 @@ def prove() -> Proof:
 def report(proof: Proof) -> str:
     """A proof as text."""
     lines = []
-    for dtype, found in proof.rows.items():
+    for dtype, found in proof.regimes.items():
         lines += [
             f"Every {dtype} amax from 2^-12 to 2^13, every element up to it, every second scale they get:",
             f"{proof.cases[dtype]:,} residuals, tensor_scale 1, exact but for the codes' own rounding.",
@@ -470,12 +470,12 @@ def report(proof: Proof) -> str:
             f"{'attained':>9} {'error / bound':>14}",
         ]
         lines += [
-            f"{r.scheme:<7} {r.regime:<27} {r.low:>10.4g} {r.high:>10.4g} {r.supremum:>18.6f} "
+            f"{r.scheme:<7} {r.name:<27} {r.low:>10.4g} {r.high:>10.4g} {r.supremum:>18.6f} "
             f"{r.attained:>9.6f} {r.worst_ratio:>14.6f}"
             for r in found
         ]
         for r in found:
-            if r.regime == "normal":
+            if r.name == "normal":
                 gap = float(CONSTANTS[r.scheme]) - r.attained
                 lines += ["", f"{r.scheme} comes within {gap:.6f} of {CONSTANTS[r.scheme]} with"]
                 lines.append(witness(r.block, r.scheme))

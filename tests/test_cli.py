@@ -116,7 +116,7 @@ def test_bounds_proves_them_and_draws_them(capsys, monkeypatch):
     assert out.endswith("Every error is within its bound.\n")
     with open("b.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
-    assert json.loads(run(capsys, "bounds --prove --json"))["rows"]["bfloat16"][0]["worst_ratio"] <= 1
+    assert json.loads(run(capsys, "bounds --prove --json"))["regimes"]["bfloat16"][0]["worst_ratio"] <= 1
     mx = prove.MX["MXFP8, ceiling scale"]
     with monkeypatch.context() as patch:
         patch.setitem(prove.MX, "MXFP8, ceiling scale", mx._replace(constant=Fraction(1, 18)))

@@ -57,18 +57,18 @@ def test_a_sweep_finds_the_worst_of_all_blocks(numbers, power):
 
 
 def test_every_bound_holds_and_is_attained_in_every_regime(some):
-    rows = prove.rows(some)
-    assert {row.scheme for row in rows} == {"NVFP4", "ARC"}
-    assert len(rows) == 9
-    for row in rows:
-        assert row.worst_ratio == 1, row
-        assert 0.6 * row.supremum < row.attained <= row.supremum, row
-        x = np.array([row.block], np.float32)
-        if row.scheme == "NVFP4":
+    regimes = prove.by_regime(some)
+    assert {regime.scheme for regime in regimes} == {"NVFP4", "ARC"}
+    assert len(regimes) == 9
+    for regime in regimes:
+        assert regime.worst_ratio == 1, regime
+        assert 0.6 * regime.supremum < regime.attained <= regime.supremum, regime
+        x = np.array([regime.block], np.float32)
+        if regime.scheme == "NVFP4":
             error = np.abs(exact_values(quantize(x, 1)) - x).max()
         else:
             error = np.abs(merge(augment_activations(x, prove.ALL, 1), prove.ALL) - x).max()
-        assert error / x.max() == pytest.approx(row.attained, rel=1e-15)
+        assert error / x.max() == pytest.approx(regime.attained, rel=1e-15)
 
 
 def test_no_bound_could_be_lower_anywhere():
@@ -86,7 +86,7 @@ def test_no_bound_could_be_lower_anywhere():
 def test_a_bound_that_is_too_low_is_refuted(some, factor, monkeypatch):
     right = bounds.nvfp4_in_units
     monkeypatch.setattr(bounds, "nvfp4_in_units", lambda amax: factor * right(amax))
-    assert max(row.worst_ratio for row in prove.rows(some)) > 1
+    assert max(regime.worst_ratio for regime in prove.by_regime(some)) > 1
 
 
 def test_the_constants_are_the_suprema_of_the_normal_range():
@@ -123,7 +123,7 @@ def test_half_the_widest_tau_would_do():
 
 @pytest.mark.parametrize("tensor_scale", [1.0, 1 / 3, 1.7808476686477661])
 def test_float32_comes_within_an_ulp_or_two(tensor_scale):
-    for found in prove.nearest_float32(tensor_scale):
+    for found in prove.search_float32(tensor_scale):
         nearest = 2 if tensor_scale == 1 else 32  # elsewhere thresholds lie between float32 numbers
         assert 1 - nearest * 2.0**-24 < found.ratio < 1 + bounds.ROUNDING_RELATIVE
         x = np.array([found.block], np.float32)
@@ -141,7 +141,7 @@ def test_mx_attains_what_it_must():
 
 
 def test_the_table_is_in_order():
-    for line in prove.table(prove.rows(prove.sweep(prove.bfloat16(), np.float64([1.0, 9.4375])))):
+    for line in prove.table(prove.by_regime(prove.sweep(prove.bfloat16(), np.float64([1.0, 9.4375])))):
         assert line.normal_data < line.constant
         assert line.real_layers <= line.constant * (1 + 2.0**-19)
         assert line.paper is None or line.paper >= line.constant
