@@ -44,6 +44,7 @@ def _grid(fmt: FloatFormat) -> Grid:
 
 ELEMENT, SCALE = _grid(E2M1), _grid(E4M3)
 OTHER_TENSOR_SCALES = 100  # between 1 and 2, for the search in float32
+PIECE = 32  # amaxes between two looks at the progress bar
 LEAST, MOST = 2.0**-12, 2.0**13  # of the amaxes: below, all codes are zero; above, both scales saturate
 
 
@@ -132,16 +133,18 @@ class Sweep:
     cases: int
 
 
-def sweep(elements: Float64, amaxes: Float64, piece: int = 32) -> Sweep:
-    """Every element up to every amax with every second scale, on all threads; both ascend."""
+def sweep(elements: Float64, amaxes: Float64) -> Sweep:
+    """Every element up to every amax with every second scale, on all threads; both ascend, and the amaxes are
+    among the elements."""
+    assert np.isin(amaxes, elements).all()  # else a block would lack its own amax
     worst, at, cases = np.zeros((2, len(amaxes))), np.zeros((3, len(amaxes)), np.int64), 0
-    for start in tqdm(range(0, len(amaxes), piece), "amaxes", disable=None, leave=False):
+    for start in tqdm(range(0, len(amaxes), PIECE), "amaxes", disable=None, leave=False):
 
         def task(first: int, last: int, start: int = start) -> int:
             part = slice(start + first, start + last)
             return _sweep(amaxes[part], elements, worst[:, part], at[:, part])
 
-        cases += sum(over_rows(task, min(piece, len(amaxes) - start)))
+        cases += sum(over_rows(task, min(PIECE, len(amaxes) - start)))
     return Sweep(amaxes, elements, worst, at, cases)
 
 
