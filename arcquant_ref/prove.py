@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -113,13 +114,13 @@ def _sweep(amaxes: Float64, x: Float64, worst: Float64, at: Index) -> int:
 
 
 @kernel
-def _sweep_mx(amaxes: Float64, scales: Float64, x: Float64, grid: Grid, worst: Float64, at: Index) -> None:
-    """The same for elements of any format under given scales, without residual."""
+def _sweep_mx(amaxes: Float64, scales: Float64, x: Float64, grid: Grid) -> float:
+    """The largest error / amax for elements of any format under given scales, without residual."""
+    worst = 0.0
     for i in range(len(amaxes)):
         for j in range(np.searchsorted(x, amaxes[i], side="right")):
-            error = error_of(x[j], scales[i], grid)
-            if error > worst[i]:
-                worst[i], at[i] = error, j
+            worst = max(worst, error_of(x[j], scales[i], grid) / amaxes[i])
+    return worst
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,15 +205,15 @@ BOUNDS: dict[str, Bound] = {"NVFP4": nvfp4, "ARC": arc}
 CONSTANTS = {"NVFP4": bounds.NVFP4, "ARC": bounds.ARC}
 
 
-def regimes(scheme: str) -> list[tuple[str, float, float]]:
-    """Name and range of amax, in units of the tensor scale; the constant holds in the one called normal."""
+def regimes(scheme: str) -> dict[str, tuple[float, float]]:
+    """Name → range of amax, in units of the tensor scale; the constant holds in the one called normal."""
     subnormal, normal = E2M1.max * E4M3.least_positive, E2M1.max * E4M3.least_normal
     begin = {"scale floored": LEAST, "scale subnormal": subnormal, "normal": normal}
     if scheme == "ARC":
         begin["normal, residual's scale low"] = begin.pop("normal")
         begin["normal"] = range_below(arc, float(bounds.ARC))[0]
     begin["saturated"] = float(np.nextafter(E2M1.max * E4M3.max, np.inf))
-    return [(name, low, high) for (name, low), high in zip(begin.items(), [*list(begin.values())[1:], MOST])]
+    return dict(zip(begin, pairwise([*begin.values(), MOST])))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +224,6 @@ class Regime:
     name: str
     low: float
     high: float
-    amaxes: int  # how many were tried
     supremum: float  # of bound / amax over all real amaxes
     attained: float  # the largest error / amax
     worst_ratio: float  # the largest error / bound: 1 is attained, more would refute the bound
@@ -234,7 +234,7 @@ def by_regime(swept: Sweep) -> list[Regime]:
     """Every regime that the sweep has amaxes of."""
     a, found = swept.amaxes, []
     for s, scheme in enumerate(SCHEMES):
-        for name, low, high in regimes(scheme):
+        for name, (low, high) in regimes(scheme).items():
             inside = np.flatnonzero((a >= low) & (a < high))
             if not len(inside):
                 continue
@@ -246,7 +246,6 @@ def by_regime(swept: Sweep) -> list[Regime]:
                     name=name,
                     low=low,
                     high=high,
-                    amaxes=len(inside),
                     supremum=supremum(BOUNDS[scheme], low, high),
                     attained=float(swept.worst[s, i] / a[i]),
                     worst_ratio=float((swept.worst[s, inside] / BOUNDS[scheme](a[inside])).max()),
@@ -343,35 +342,32 @@ def values_of(q: NVFP4Tensor) -> Float64:
 
 
 class Mx(NamedTuple):
-    """A scheme to compare with: elements, quantization, the rule for its scale, our constant, the paper's."""
+    """A scheme to compare with: elements, quantization, the rule for its scale, our constant."""
 
     fmt: FloatFormat
     quantize: Callable[..., Float32]
     rule: baselines.ExponentRule
     constant: Fraction
-    paper: Fraction | None
 
 
 CEILING, FLOOR = baselines.ceiling_exponent, baselines.floor_exponent
 MX = {
-    "MXFP8, ceiling scale": Mx(E4M3, baselines.mxfp8, CEILING, bounds.MXFP8_CEILING, bounds.PAPER_MXFP8),
-    "MXFP8, OCP floor scale": Mx(E4M3, baselines.mxfp8, FLOOR, bounds.MXFP8_FLOOR, bounds.PAPER_MXFP8),
-    "MXFP4, ceiling scale": Mx(E2M1, baselines.mxfp4, CEILING, bounds.MXFP4_CEILING, None),
-    "MXFP4, OCP floor scale": Mx(E2M1, baselines.mxfp4, FLOOR, bounds.MXFP4_FLOOR, None),
+    "MXFP8, ceiling scale": Mx(E4M3, baselines.mxfp8, CEILING, bounds.MXFP8_CEILING),
+    "MXFP8, OCP floor scale": Mx(E4M3, baselines.mxfp8, FLOOR, bounds.MXFP8_FLOOR),
+    "MXFP4, ceiling scale": Mx(E2M1, baselines.mxfp4, CEILING, bounds.MXFP4_CEILING),
+    "MXFP4, OCP floor scale": Mx(E2M1, baselines.mxfp4, FLOOR, bounds.MXFP4_FLOOR),
 }
+PAPER = {"ARC": bounds.PAPER_ARC} | {scheme: bounds.PAPER_MXFP8 for scheme in MX if "MXFP8" in scheme}
 
 
 def mx_attained(mx: Mx, elements: Float64) -> float:
     """The largest error / amax over every amax from 1 to 2 and every element up to it. Scales are powers of
     two: all binades are alike."""
-    grid = _grid(mx.fmt)
     amaxes = elements[(elements >= 1) & (elements < 2)]
     scales = 2.0 ** -math.floor(math.log2(mx.fmt.max)) * np.ones(len(amaxes))
     if mx.rule is CEILING:
         scales[amaxes > mx.fmt.max * scales] *= 2
-    worst, at = np.zeros(len(amaxes)), np.zeros(len(amaxes), np.int64)
-    _sweep_mx(amaxes, scales, elements, grid, worst, at)
-    return float((worst / amaxes).max())
+    return float(_sweep_mx(amaxes, scales, elements, _grid(mx.fmt)))
 
 
 def relative_errors(x: Float32) -> dict[str, Float64]:
@@ -386,8 +382,7 @@ def relative_errors(x: Float32) -> dict[str, Float64]:
     for scheme, values in x_hat.items():
         block, least = baselines.MX_BLOCK, 0.0
         if scheme in SCHEMES:
-            block = BLOCK
-            least = next(low for name, low, _ in regimes(scheme) if name == "normal")
+            block, least = BLOCK, regimes(scheme)["normal"][0]
         amax = np.repeat(bounds.block_amax(x, block), block, axis=1).astype(np.float64)
         inside = (amax > 0) & (amax >= least * np.float64(plain.tensor_scale))
         errors[scheme] = np.abs(x - values.astype(np.float64))[inside] / amax[inside]
@@ -413,11 +408,10 @@ def table(found: list[Regime]) -> list[Line]:
     normal = relative_errors(np.random.default_rng(0).standard_normal((512, 1024), np.float32))
     layers = [relative_errors(layer.evaluation) for layer in load_sample()]
     constants = CONSTANTS | {scheme: mx.constant for scheme, mx in MX.items()}
-    paper = {"NVFP4": None, "ARC": bounds.PAPER_ARC} | {scheme: mx.paper for scheme, mx in MX.items()}
     return [
         Line(
             scheme=scheme,
-            paper=None if (stated := paper[scheme]) is None else float(stated),
+            paper=float(PAPER[scheme]) if scheme in PAPER else None,
             constant=float(constants[scheme]),
             attained=attained[scheme],
             normal_data=float(np.quantile(normal[scheme], 0.999)),
