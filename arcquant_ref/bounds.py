@@ -166,7 +166,7 @@ def output_bounds(x: ArrayLike, w: ArrayLike, x_bounds: ArrayLike, w_hat: ArrayL
     error, known offline; ARC does not make it smaller. Raises ValueError for shapes that do not fit.
     """
     x, w, x_bounds, w_hat = (np.asarray(a, np.float64) for a in (x, w, x_bounds, w_hat))
-    checks.same_depth(x.shape[-1], w.shape[-1])
+    checks.same_depth("x", x.shape[-1], "w", w.shape[-1])
     checks.same_shape("x", x.shape, "x_bounds", x_bounds.shape)
     checks.same_shape("w", w.shape, "w_hat", w_hat.shape)
     return x_bounds @ np.abs(w_hat).T + np.abs(x) @ np.abs(w - w_hat).T
@@ -277,7 +277,7 @@ def certify(
     (True, False)
     """
     x, w = checks.matrix("x", x, BLOCK), checks.matrix("w", w, BLOCK)
-    checks.same_depth(x.shape[1], w.shape[1])
+    checks.same_depth("x", x.shape[1], "w", w.shape[1])
     if selection is None:
         a, b = quantize(x, tensor_scale), quantize(w)
         w_hat = exact_values(b)
@@ -303,7 +303,7 @@ def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> Float64:
     the reference, is less. Raises as `matmul`.
     """
     left, right = (_chain_operand(name, q) for name, q in (("a", a), ("b", b)))
-    checks.same_depth(a.shape[1], b.shape[1])
+    checks.same_depth("a", a.shape[1], "b", b.shape[1])
     total, error = np.zeros((2, len(a.codes), len(b.codes)))
     for (x, scales_x), (w, scales_w) in zip(left, right):
         groups = (scales_x[:, None] * scales_w).max(axis=-1)  # 2^E, unless C is larger

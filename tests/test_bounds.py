@@ -266,7 +266,7 @@ def test_the_parts_of_a_certificate():
     np.testing.assert_array_equal(certificate.y_hat, linear(x, w, select_top(np.ones(32), 0)))
     with pytest.raises(ValueError, match=r"y_hat has shape \(3, 2\) but y has \(2, 3\)"):
         certificate.check(certificate.y_hat.T)
-    with pytest.raises(ValueError, match="a has K=32 and b has K=16"):
+    with pytest.raises(ValueError, match="x has K=32 and w has K=16"):
         bounds.certify(x, w[:, :16])
 
 

@@ -257,7 +257,7 @@ def test_bad_files_and_options(capsys):
         "bounds --selection s.safetensors": "--selection and --weights need a matrix",
         "bounds --weights x.npy": "--selection and --weights need a matrix",
         "bounds x.npy --prove": "--prove and --plot are about the bounds themselves",
-        "bounds x.npy --weights narrow.npy": "a has K=64 and b has K=32",
+        "bounds x.npy --weights narrow.npy": "x has K=64 and w has K=32",
         "sample -o sample.npy": "sample.npy must end in .npz",
         "quantize x.npy -o absent/q.safetensors": "absent does not exist. Create it first",
     }.items():
