@@ -174,23 +174,31 @@ def output_bounds(x: ArrayLike, w: ArrayLike, x_bounds: ArrayLike, w_hat: ArrayL
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """The worst error / bound and where it is. `holds` says that no error exceeds its bound."""
+    """The worst error / bound and where it is. `holds` says that no error exceeds its bound.
+
+    `without_bound` counts infinite bounds: outputs that may overflow. The worst is one of the others, if any.
+    """
 
     worst_ratio: float
     index: tuple[int, int]
     true: float
     got: float
     bound: float
+    without_bound: int = 0
 
     @property
     def holds(self) -> bool:
         return self.worst_ratio <= 1
 
     def __str__(self) -> str:
+        if np.isinf(self.bound):
+            return f"none of {self.without_bound} outputs has a bound: float32 may overflow"
+        unbounded = f"; outputs without a bound, as float32 may overflow: {self.without_bound}"
         verdict = "every error is within its bound" if self.holds else "BOUND VIOLATED"
         return (
             f"{verdict}; worst error / bound {self.worst_ratio:.4f} at {self.index}: {self.true!r} became "
             f"{self.got!r}, error {abs(self.true - self.got):.6g}, bound {self.bound:.6g}"
+            + (unbounded if self.without_bound else "")
         )
 
 
@@ -246,18 +254,14 @@ class Certificate:
 
     @property
     def tightness(self) -> Float64:
-        """|y − ŷ| / bound of every output, (M, N); more than 1 would refute the certificate."""
-        return np.abs(self.y - self._judged(self.y_hat)) / self.bound
+        """|y − ŷ| / bound of every output, (M, N), 0 where there is no bound; more than 1 would refute it."""
+        return _ratios(self.y, self.y_hat.astype(np.float64), self.bound)
 
     def check(self, y_hat: ArrayLike) -> Check:
         """Does this (M, N) product, of any backend, stay within the bound? ValueError for another shape."""
         got = np.asarray(y_hat, np.float64)
         checks.same_shape("y_hat", got.shape, "y", self.y.shape)
-        return worst(self.y, self._judged(got), self.bound)
-
-    def _judged(self, y_hat: NDArray) -> Float64:
-        """An output that may overflow has no bound: whatever it is, it counts as right."""
-        return np.where(np.isfinite(self.bound), y_hat, self.y)
+        return worst(self.y, got, self.bound)
 
 
 def certify(
@@ -329,17 +333,23 @@ def _chain_operand(name: str, q: NVFP4Tensor) -> list[tuple[NDArray, NDArray]]:
 
 def worst(true: Float64, got: Float64, bound: Float64) -> Check:
     """The element of three (M, N) float64 matrices with the largest |true − got| / bound; NaN counts as ∞."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.abs(true - got) / bound
-    ratio = np.where(true == got, 0.0, np.nan_to_num(ratio, nan=np.inf, posinf=np.inf))
-    i, j = (int(n) for n in np.unravel_index(np.argmax(ratio), ratio.shape))
+    ratio, unbounded = _ratios(true, got, bound), np.isinf(bound)
+    i, j = (int(n) for n in np.unravel_index(np.argmax(np.where(unbounded, -1, ratio)), ratio.shape))
     return Check(
         worst_ratio=float(ratio[i, j]),
         index=(i, j),
         true=float(true[i, j]),
         got=float(got[i, j]),
         bound=float(bound[i, j]),
+        without_bound=int(unbounded.sum()),
     )
+
+
+def _ratios(true: Float64, got: Float64, bound: Float64) -> Float64:
+    """|true − got| / bound; where the bound is infinite anything is right."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(np.abs(true - got) / bound, nan=np.inf, posinf=np.inf)
+    return np.where((true == got) | np.isinf(bound), 0.0, ratio)
 
 
 def block_amax(x: NDArray, block: int = BLOCK) -> NDArray:

@@ -275,8 +275,16 @@ def test_an_output_that_may_overflow_has_no_bound():
     certificate = bounds.certify(x, w)
     assert np.isinf(certificate.bound).tolist() == [[True, False]]
     assert np.isinf(certificate.y_hat[0, 0])
-    assert certificate.check(certificate.y_hat).holds
+    assert certificate.tightness[0, 0] == 0
+    check = certificate.check(certificate.y_hat)
+    assert check.holds
+    assert check.index == (0, 1)  # the one with a bound, whatever its error
+    assert certificate.check(certificate.y[:, [1, 1]]).index == (0, 1)
+    assert str(check).endswith("; outputs without a bound, as float32 may overflow: 1")
+    assert certificate.check(np.float64([[np.nan, certificate.y[0, 1]]])).holds
     assert not certificate.check(np.full((1, 2), np.inf)).holds
+    nothing = bounds.certify(x, w[:1])
+    assert str(nothing.check(nothing.y_hat)) == "none of 1 outputs has a bound: float32 may overflow"
 
 
 def test_worst_reports_the_witness_and_nan_is_a_violation():

@@ -139,7 +139,9 @@ def test_bounds_certifies_a_product(capsys):
     assert sum(plain["share"].values()) == pytest.approx(1)
     np.save("w.npy", np.full((2, X.shape[1]), [[1e18], [1e-3]]))
     np.save("large.npy", np.full_like(X, 1e20))
-    assert f"{len(X)} of them may overflow" in run(capsys, "bounds large.npy --weights w.npy")
+    assert f"outputs without a bound, as float32 may overflow: {len(X)}\n" in run(
+        capsys, "bounds large.npy --weights w.npy"
+    )
     overflowing = json.loads(run(capsys, "bounds large.npy --weights w.npy --json"))
     assert sum(overflowing["share"].values()) == pytest.approx(1)
     assert overflowing["without_bound"] == len(X)

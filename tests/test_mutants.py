@@ -102,7 +102,8 @@ BOUNDS_MUTANTS = [  # that only the emulator, or the proof, can tell
         "element_bounds(x, a.tensor_scale, selection) @",
         "element_bounds(x, a.tensor_scale) @",
     ),
-    ("bounds", BOUNDS, "np.where(np.isfinite(self.bound), y_hat, self.y)", "y_hat"),
+    ("bounds", BOUNDS, "(true == got) | np.isinf(bound)", "true == got"),  # no bound is a violation
+    ("bounds", BOUNDS, "np.where(unbounded, -1, ratio)", "ratio"),  # and may be called the worst
     ("bounds", PROOF, 'amax, side="right")', 'amax, side="left")'),  # a tie that goes to the larger scale
     ("bounds", PROOF, "np.maximum(error, rounded_down)", "error"),
     ("prove", PROOF, "residual[j] >= residual[count - 1]", "residual[j] >= 0"),  # amax without a residual
