@@ -9,11 +9,13 @@ from support import every_backend, finite_bf16, neighbours
 
 from arcquant_ref import (
     augment_activations,
+    augment_weights,
     baselines,
     bounds,
     calibrate,
     dequantize,
     linear,
+    matmul,
     quantize,
     select,
     select_top,
@@ -165,16 +167,22 @@ def test_mx_bounds_hold_and_are_nearly_attained_over_all_bf16_amax_and_elements(
 
 
 @given(matrices(blocks_along_k=2), matrices(blocks_along_k=2))
-def test_output_bound(x, w):
+def test_a_certificate_of_values(x, w):
+    """Of those that the operands have, worked out apart from them, it is the certificate of the layer."""
     x, w = np.clip(x, -1e4, 1e4), np.clip(w, -1e4, 1e4)
     selection = select_top(np.abs(x).max(axis=0), BLOCK)
-    q = augment_activations(x, selection)
-    w_hat = dequantize(quantize(w[:, selection.order]))[:, np.argsort(selection.order)]
-    x_bounds = bounds.element_bounds(x, q.tensor_scale, selection)
-    check = bounds.check_output(x, w, linear(x, w, selection), x_bounds, w_hat)
-    assert check.holds, check
-    far = linear(x, w, selection) + 3 * (bounds.output_bounds(x, w, x_bounds, w_hat) + 1)
-    assert not bounds.check_output(x, w, far, x_bounds, w_hat).holds
+    a, b = augment_activations(x, selection), augment_weights(w, selection)
+    w_hat = exact_values(quantize(w[:, selection.order]))[:, np.argsort(selection.order)]
+    x_bounds = bounds.element_bounds(x, a.tensor_scale, selection)
+    accumulation = bounds.accumulation_bound(a, b)
+    values = bounds.certify_values(x, w, x_bounds, w_hat, matmul(a, b), accumulation)
+    layer = bounds.certify(x, w, selection)
+    for part in ("activation", "weight", "accumulation"):  # sums of 32 terms, in another order
+        np.testing.assert_allclose(getattr(values, part), getattr(layer, part), rtol=32 * 2.0**-52)
+    np.testing.assert_array_equal(values.y_hat, layer.y_hat)
+    assert values.check(values.y_hat).holds
+    far = values.y_hat + 2.001 * values.bound  # y_hat is within one bound of y, so this is not
+    assert not values.check(far).holds
 
 
 def test_float32_rounding_reaches_beyond_3_17_but_not_beyond_its_allowance():
@@ -189,16 +197,17 @@ def test_float32_rounding_reaches_beyond_3_17_but_not_beyond_its_allowance():
 
 def test_an_exact_product_may_err_by_its_last_rounding_and_no_more():
     x, w = np.array([[1.0]]), np.array([[1 + 2.0**-25], [-1 - 2.0**-30], [2.0**-151 * 1.5]])
-    exact_x = np.zeros((1, 1))
     right = (x @ w.T).astype(np.float32)
-    assert bounds.check_output(x, w, right, exact_x, w).holds
+    last_rounding = np.abs(x @ w.T) * 2.0**-24 + 2.0**-150
+
+    def certificate(n=slice(None)):
+        return bounds.certify_values(x, w[n], np.zeros((1, 1)), w[n], right[:, n], last_rounding[:, n])
+
+    assert certificate().check(right).holds
     for away in (-np.inf, np.inf):
         wrong = np.nextafter(right, np.float32(away))
-        ratios = [
-            bounds.check_output(x, w[[n]], wrong[:, [n]], exact_x, w[[n]]).worst_ratio for n in range(3)
-        ]
-        assert min(ratios) > 1
-    assert not bounds.check_output(x, w, np.full_like(right, np.inf), exact_x, w).holds
+        assert min(certificate([n]).check(wrong[:, [n]]).worst_ratio for n in range(3)) > 1
+    assert not certificate().check(np.full_like(right, np.inf)).holds
 
 
 @st.composite
