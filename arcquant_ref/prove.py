@@ -258,6 +258,18 @@ def by_regime(swept: Sweep) -> list[Regime]:
 ALL = select_top(np.ones(BLOCK), BLOCK)  # one block, all of it with a residual
 
 
+def worst_block(scheme: str) -> list[float]:
+    """A block within an ulp of the constant, without its zeros: the amax, just above where the scale rounds
+    up most; for ARC a number that leaves a whole step and so sets the second scale; the number that errs."""
+    if scheme == "NVFP4":  # scale 1.125
+        threshold, others = 6 * 1.0625, [5 * 1.125]
+    elif scheme == "ARC":  # scales 1.625 and 0.28125
+        threshold, others = 6 * 1.5625, [5 * 1.625, 4 * 1.625 + 5 * 0.28125]
+    else:  # MXFP8: halfway between 256 and 288
+        threshold, others = 272.0, [272.0]
+    return [float(np.nextafter(np.float32(threshold), np.float32(np.inf))), *others]
+
+
 def witness(block: list[float], scheme: str) -> str:
     """The 16 numbers, the scales and codes that the reference gives them, and which of them errs most."""
     x = np.array([block], np.float32)

@@ -16,6 +16,7 @@ from arcquant_ref import (
     dequantize,
     linear,
     matmul,
+    prove,
     quantize,
     select,
     select_top,
@@ -84,7 +85,7 @@ def test_3_17_is_nearly_attained_by_bf16():
 
 LEAST = 2.0**-9  # the least E4M3
 WITNESSES = {  # regime: amax and one element, at tensor scale 1
-    "normal": (np.nextafter(np.float32(6 * 1.0625), np.float32(7)), 5 * 1.125),
+    "normal": prove.worst_block("NVFP4"),
     "largest scale": (2600, 5 * 448),
     "largest scale, amax saturates a little": (3100, 5 * 448),
     "saturated": (5000, 0),
@@ -96,35 +97,30 @@ WITNESSES = {  # regime: amax and one element, at tensor scale 1
 }
 
 
+def padded(numbers) -> np.ndarray:
+    """As one block."""
+    return np.float32([[*numbers] + [0] * (BLOCK - len(numbers))])
+
+
 @pytest.mark.parametrize("witness", WITNESSES.values(), ids=WITNESSES)
 @pytest.mark.parametrize("power", [-117, 0, 40])
 def test_the_bound_is_sharp_in_every_regime(witness, power):
-    x = np.ldexp(np.float32([[*witness] + [0] * 14]), power)
+    x = np.ldexp(padded(witness), power)
     check = bounds.check(x, quantize(x, 2.0**power))
     assert 0.9999 < check.worst_ratio <= 1
 
 
-ALL = select_top(np.ones(BLOCK), BLOCK)
-
-
-def sharp_arc_block(amax: float) -> np.ndarray:
-    """amax just above 6 · 1.5625 gets scale 1.625; an element 5 · 1.625 leaves the residual 1.625, of scale
-    0.28125; a second one leaves 5 · 0.28125, a midpoint of it."""
-    scale, second = 1.625, 0.28125
-    return np.float32([[amax, 5 * scale, 4 * scale + 5 * second] + [0] * 13])
-
-
 def test_the_arc_bound_is_sharp_and_a_code_off_by_one_breaks_it():
-    x = sharp_arc_block(np.nextafter(np.float32(6 * 1.5625), np.float32(10)))
-    q = augment_activations(x, ALL, 1)
-    check = bounds.check(x, q, ALL)
+    x = padded(prove.worst_block("ARC"))
+    q = augment_activations(x, prove.ALL, 1)
+    check = bounds.check(x, q, prove.ALL)
     assert 0.9999 < check.worst_ratio <= 1
     assert abs(check.true - check.got) / x.max() > 0.02999
     assert q.codes[0, BLOCK + 2] == 6  # 5 is halfway between 4 and 6, codes 6 and 7
     for code in (5, 4, 0, 14):
         wrong = q.map(np.copy)
         wrong.codes[0, BLOCK + 2] = code
-        assert not bounds.check(x, wrong, ALL).holds
+        assert not bounds.check(x, wrong, prove.ALL).holds
 
 
 def test_at_most_one_step_is_false_for_subnormal_scales():
@@ -249,11 +245,11 @@ def test_a_certificate_holds_on_real_layers(backend):
 @every_backend
 def test_a_code_off_by_one_breaks_a_certificate(backend):
     """Weights that pick one channel each show the error of its element: nothing hides in a sum."""
-    x = sharp_arc_block(np.nextafter(np.float32(6 * 1.5625), np.float32(10)))
+    x = padded(prove.worst_block("ARC"))
     w = np.eye(BLOCK)
-    certificate = bounds.certify(x, w, ALL, 1)
+    certificate = bounds.certify(x, w, prove.ALL, 1)
     assert 0.9999 < certificate.tightness.max() <= 1
-    a, b = operands(backend, x, w, ALL, 1)
+    a, b = operands(backend, x, w, prove.ALL, 1)
     assert certificate.check(backend.matmul(a, b)).holds
     for k, code in ((1, 7), (2, 7), (BLOCK + 2, 5)):  # primary and residual codes 6, one off
         assert a.codes[0, k] == 6

@@ -112,7 +112,7 @@ def test_products_run_at_the_same_time():
     assert [pool["num_threads"] for pool in threadpool_info()] == before
 
 
-def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
+def step_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> np.ndarray:
     """What docs/emulator.md proves: each step is off by less than 2⁻²³ |D| + 5 · 2^(E − 35), (M, N) float64.
 
     In units without tensor scales; E is at most the largest exponent of the scales of the step and of C.
@@ -142,7 +142,7 @@ def test_matmul_is_within_its_bound_of_the_exact_one(kind, size, seed):
     (m, n, blocks), rng = size, np.random.default_rng(seed)
     a, b = (replace(tensor_with_scales(kind, rng, (rows, blocks * BLOCK)), tensor_scale=1) for rows in (m, n))
     error = np.abs(emulator.matmul(a, b) - gemm.integer_matmul(a, b) * 2.0**-20)
-    assert (error <= accumulation_bound(a, b)).all()
+    assert (error <= step_bound(a, b)).all()
     assert (error <= bounds.accumulation_bound(a, b)).all()
 
 
