@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import checks
 from .augment import augment_activations, augment_weights, merge, reordered, split
-from .formats import BLOCK, E2M1, E4M3, Float32, Float64, FloatFormat, decode
+from .formats import BLOCK, E2M1, E4M3, Float64, FloatFormat, decode
 from .gemm import UNIT, integer_values, matmul
 from .quantize import exact_values, quantize
 from .select import Selection
@@ -159,38 +159,33 @@ def element_bounds(
     return np.repeat(bounds, BLOCK, axis=1)[:, np.argsort(selection.order)]
 
 
-def output_bounds(x: ArrayLike, w: ArrayLike, x_bounds: ArrayLike, w_hat: ArrayLike) -> Float64:
-    """Bound on |x wᵀ − x̂ ŵᵀ|, (M, N) float64, for x̂ within `x_bounds` (M, K) of x and known weights ŵ (N, K):
-
-    Σ_k x_bounds[m, k] · |ŵ[n, k]| + Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|. The second sum is the weights' own
-    error, known offline; ARC does not make it smaller. Raises ValueError for shapes that do not fit.
-    """
-    x, w, x_bounds, w_hat = (np.asarray(a, np.float64) for a in (x, w, x_bounds, w_hat))
-    checks.same_depth(x.shape[-1], w.shape[-1])
-    checks.same_shape("x", x.shape, "x_bounds", x_bounds.shape)
-    checks.same_shape("w", w.shape, "w_hat", w_hat.shape)
-    return x_bounds @ np.abs(w_hat).T + np.abs(x) @ np.abs(w - w_hat).T
-
-
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """The worst error / bound and where it is. `holds` says that no error exceeds its bound."""
+    """The worst error / bound and where it is. `holds` says that no error exceeds its bound.
+
+    `without_bound` counts infinite bounds: outputs that may overflow. The worst is one of the others, if any.
+    """
 
     worst_ratio: float
     index: tuple[int, int]
     true: float
     got: float
     bound: float
+    without_bound: int = 0
 
     @property
     def holds(self) -> bool:
         return self.worst_ratio <= 1
 
     def __str__(self) -> str:
+        if np.isinf(self.bound):
+            return f"none of {self.without_bound} outputs has a bound: float32 may overflow"
+        unbounded = f"; outputs without a bound, as float32 may overflow: {self.without_bound}"
         verdict = "every error is within its bound" if self.holds else "BOUND VIOLATED"
         return (
             f"{verdict}; worst error / bound {self.worst_ratio:.4f} at {self.index}: {self.true!r} became "
             f"{self.got!r}, error {abs(self.true - self.got):.6g}, bound {self.bound:.6g}"
+            + (unbounded if self.without_bound else "")
         )
 
 
@@ -211,34 +206,21 @@ def check(x: ArrayLike, q: NVFP4Tensor, selection: Selection | None = None) -> C
     return worst(x.astype(np.float64), got, element_bounds(x, q.tensor_scale, selection))
 
 
-def check_output(x: ArrayLike, w: ArrayLike, got: ArrayLike, x_bounds: ArrayLike, w_hat: ArrayLike) -> Check:
-    """Does every element of `got` (M, N), x̂ ŵᵀ rounded to float32, stay within `output_bounds` of x wᵀ?
-
-    An infinite output counts as a violation. Errors as in `output_bounds`.
-    """
-    x, w, got = (np.asarray(a, np.float64) for a in (x, w, got))
-    bound = output_bounds(x, w, x_bounds, w_hat)
-    checks.same_shape("got", got.shape, "x wᵀ", bound.shape)
-    last_rounding = np.abs(got) * 2.0**-24 + 2.0**-150
-    float64_sum = x.shape[1] * 2.0**-53 * (np.abs(x) @ np.abs(w).T)  # of the true product below
-    return worst(x @ w.T, got, bound + np.where(np.isfinite(got), last_rounding, 0) + float64_sum)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Certificate:
     """|y − ŷ| <= activation + weight + accumulation for every output of y = x wᵀ, each (M, N) float64.
 
     activation    Σ_k bound(x[m, k]) · |ŵ[n, k]|: from the amax of each block of x alone
-    weight        Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|, known offline but for x
-    accumulation  rounding of the product, by any backend; and of y itself
-    y, y_hat      x wᵀ in float64, of x and w as float32, and the product of the reference
+    weight        Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|, known offline but for x; ARC does not make it smaller
+    accumulation  rounding of the product, by any backend; and of the float64 sums here
+    y, y_hat      x wᵀ in float64, and the product that was given or is the reference's
     """
 
     activation: Float64
     weight: Float64
     accumulation: Float64
     y: Float64
-    y_hat: Float32
+    y_hat: Float64
 
     @property
     def bound(self) -> Float64:
@@ -246,18 +228,14 @@ class Certificate:
 
     @property
     def tightness(self) -> Float64:
-        """|y − ŷ| / bound of every output, (M, N); more than 1 would refute the certificate."""
-        return np.abs(self.y - self._judged(self.y_hat)) / self.bound
+        """|y − ŷ| / bound of every output, (M, N), 0 where there is no bound; more than 1 would refute it."""
+        return _ratios(self.y, self.y_hat, self.bound)
 
     def check(self, y_hat: ArrayLike) -> Check:
         """Does this (M, N) product, of any backend, stay within the bound? ValueError for another shape."""
         got = np.asarray(y_hat, np.float64)
         checks.same_shape("y_hat", got.shape, "y", self.y.shape)
-        return worst(self.y, self._judged(got), self.bound)
-
-    def _judged(self, y_hat: NDArray) -> Float64:
-        """An output that may overflow has no bound: whatever it is, it counts as right."""
-        return np.where(np.isfinite(self.bound), y_hat, self.y)
+        return worst(self.y, got, self.bound)
 
 
 def certify(
@@ -268,7 +246,8 @@ def certify(
 ) -> Certificate:
     """The bound on every output of a W4A4 layer, from x (M, K), w (N, K) and the selection.
 
-    It holds for `matmul` of the augmented operands (of the plain ones without a selection) by every backend.
+    x and w count as float32. It holds for `matmul` of the augmented operands (of the plain ones without a
+    selection) by every backend; `y_hat` is the reference's.
     Dtypes and errors as in `augment_activations`; ValueError for different K. docs/bounds.md derives it.
 
     >>> x, w = np.eye(2, 32), np.eye(3, 32)
@@ -277,21 +256,44 @@ def certify(
     (True, False)
     """
     x, w = checks.matrix("x", x, BLOCK), checks.matrix("w", w, BLOCK)
-    checks.same_depth(x.shape[1], w.shape[1])
+    checks.same_depth("x", x.shape[1], "w", w.shape[1])
     if selection is None:
         a, b = quantize(x, tensor_scale), quantize(w)
         w_hat = exact_values(b)
     else:
         a, b = augment_activations(x, selection, tensor_scale), augment_weights(w, selection)
         w_hat = exact_values(split(b, selection.num_residual)[0])[:, np.argsort(selection.order)]
-    x64, w64 = x.astype(np.float64), w.astype(np.float64)
-    float64_sum = x.shape[1] * 2.0**-50 * (np.abs(x64) @ np.abs(w64).T)  # of y, and of the parts below
+    x_bounds = element_bounds(x, a.tensor_scale, selection)
+    return certify_values(x, w, x_bounds, w_hat, matmul(a, b), accumulation_bound(a, b))
+
+
+def certify_values(
+    x: ArrayLike,
+    w: ArrayLike,
+    x_bounds: ArrayLike,
+    w_hat: ArrayLike,
+    y_hat: ArrayLike,
+    accumulation: Float64 | float = 0,
+) -> Certificate:
+    """The same for any x̂ within `x_bounds` (M, K) of x (M, K) and known weights ŵ (N, K) for w (N, K), where
+    `y_hat` (M, N) is within `accumulation` of x̂ ŵᵀ, or of its sum in float64. Raises ValueError for shapes
+    that do not fit.
+    """
+    x, w, x_bounds, w_hat, y_hat = (np.asarray(a, np.float64) for a in (x, w, x_bounds, w_hat, y_hat))
+    checks.same_depth("x", x.shape[-1], "w", w.shape[-1])
+    checks.same_shape("x", x.shape, "x_bounds", x_bounds.shape)
+    checks.same_shape("w", w.shape, "w_hat", w_hat.shape)
+    y = x @ w.T
+    checks.same_shape("y_hat", y_hat.shape, "x wᵀ", y.shape)
+    activation, weight = x_bounds @ np.abs(w_hat).T, np.abs(x) @ np.abs(w - w_hat).T
+    # Rounding of y, of x̂ ŵᵀ and of the parts: each at most K · 2⁻⁵³ of a sum of |terms| below the one here
+    float64_sum = x.shape[-1] * 2.0**-50 * (np.abs(x) @ np.abs(w).T + activation + weight)
     return Certificate(
-        activation=element_bounds(x, a.tensor_scale, selection) @ np.abs(w_hat).T,
-        weight=np.abs(x64) @ np.abs(w64 - w_hat).T,
-        accumulation=accumulation_bound(a, b) + float64_sum,
-        y=x64 @ w64.T,
-        y_hat=matmul(a, b),
+        activation=activation,
+        weight=weight,
+        accumulation=accumulation + float64_sum,
+        y=y,
+        y_hat=y_hat,
     )
 
 
@@ -303,7 +305,7 @@ def accumulation_bound(a: NVFP4Tensor, b: NVFP4Tensor) -> Float64:
     the reference, is less. Raises as `matmul`.
     """
     left, right = (_chain_operand(name, q) for name, q in (("a", a), ("b", b)))
-    checks.same_depth(a.shape[1], b.shape[1])
+    checks.same_depth("a", a.shape[1], "b", b.shape[1])
     total, error = np.zeros((2, len(a.codes), len(b.codes)))
     for (x, scales_x), (w, scales_w) in zip(left, right):
         groups = (scales_x[:, None] * scales_w).max(axis=-1)  # 2^E, unless C is larger
@@ -329,17 +331,23 @@ def _chain_operand(name: str, q: NVFP4Tensor) -> list[tuple[NDArray, NDArray]]:
 
 def worst(true: Float64, got: Float64, bound: Float64) -> Check:
     """The element of three (M, N) float64 matrices with the largest |true − got| / bound; NaN counts as ∞."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.abs(true - got) / bound
-    ratio = np.where(true == got, 0.0, np.nan_to_num(ratio, nan=np.inf, posinf=np.inf))
-    i, j = (int(n) for n in np.unravel_index(np.argmax(ratio), ratio.shape))
+    ratio, unbounded = _ratios(true, got, bound), np.isinf(bound)
+    i, j = (int(n) for n in np.unravel_index(np.argmax(np.where(unbounded, -1, ratio)), ratio.shape))
     return Check(
         worst_ratio=float(ratio[i, j]),
         index=(i, j),
         true=float(true[i, j]),
         got=float(got[i, j]),
         bound=float(bound[i, j]),
+        without_bound=int(unbounded.sum()),
     )
+
+
+def _ratios(true: Float64, got: Float64, bound: Float64) -> Float64:
+    """|true − got| / bound; where the bound is infinite anything is right."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(np.abs(true - got) / bound, nan=np.inf, posinf=np.inf)
+    return np.where((true == got) | np.isinf(bound), 0.0, ratio)
 
 
 def block_amax(x: NDArray, block: int = BLOCK) -> NDArray:

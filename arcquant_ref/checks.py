@@ -156,11 +156,11 @@ def augmented(k_prime: int, k: int, s: int) -> None:
         )
 
 
-def same_depth(a_k: int, b_k: int) -> None:
+def same_depth(a: str, a_k: int, b: str, b_k: int) -> None:
     """Both operands of a product have one K."""
     if a_k != b_k:
         raise ValueError(
-            f"a has K={a_k} and b has K={b_k}; a product needs one K. Both are (rows, K); "
+            f"{a} has K={a_k} and {b} has K={b_k}; a product needs one K. Both are (rows, K); "
             f"if one is augmented, augment the other with the same selection."
         )
 

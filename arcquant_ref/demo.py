@@ -11,7 +11,7 @@ from .augment import augment_activations, augment_weights, merge
 from .baselines import MX_BLOCK, MXFP8_BITS, mxfp8
 from .formats import Float32, Float64
 from .gemm import matmul
-from .quantize import dequantize, quantize
+from .quantize import exact_values, quantize
 from .sample import Layer
 from .select import Selection, calibrate, select
 
@@ -30,6 +30,7 @@ class Result:
     x_bounds: Float64  # (M, K)
     w_hat: NDArray  # (N, K)
     y_hat: NDArray  # (M, N)
+    accumulation: Float64 | float  # how far y_hat may be from the product of the values, (M, N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,11 @@ def nvfp4(x: Float32, w: Float32) -> Result:
         scheme="NVFP4",
         num_residual=0,
         bits_per_value=a.bits_per_value,
-        x_hat=dequantize(a),
+        x_hat=exact_values(a),
         x_bounds=bounds.element_bounds(x, a.tensor_scale),
-        w_hat=dequantize(b),
+        w_hat=exact_values(b),
         y_hat=matmul(a, b),
+        accumulation=bounds.accumulation_bound(a, b),
     )
 
 
@@ -71,12 +73,13 @@ def arc(x: Float32, w: Float32, selection: Selection) -> Result:
         x_bounds=bounds.element_bounds(x, a.tensor_scale, selection),
         w_hat=_quantized_in_order(w, selection),
         y_hat=matmul(a, b),
+        accumulation=bounds.accumulation_bound(a, b),
     )
 
 
 def w4a8(x: Float32, w: Float32) -> Result:
     """MXFP8 activations, NVFP4 weights; the product in float64."""
-    x_hat, w_hat = mxfp8(x), dequantize(quantize(w))
+    x_hat, w_hat = mxfp8(x), exact_values(quantize(w))
     amax = np.repeat(bounds.block_amax(x, MX_BLOCK), MX_BLOCK, axis=1)
     x_bounds = amax * float(bounds.MXFP8_CEILING)
     return _float64_product("W4A8", MXFP8_BITS, x_hat, x_bounds, w_hat)
@@ -84,7 +87,7 @@ def w4a8(x: Float32, w: Float32) -> Result:
 
 def w4a16(x: Float32, w: Float32) -> Result:
     """Exact activations, NVFP4 weights: what is left when only the weights err."""
-    return _float64_product("W4A16", BF16_BITS, x, np.zeros(x.shape), dequantize(quantize(w)))
+    return _float64_product("W4A16", BF16_BITS, x, np.zeros(x.shape), exact_values(quantize(w)))
 
 
 def w4a16_reordered(x: Float32, w: Float32, selection: Selection) -> Result:
@@ -92,11 +95,11 @@ def w4a16_reordered(x: Float32, w: Float32, selection: Selection) -> Result:
     return _float64_product(REORDERED, BF16_BITS, x, np.zeros(x.shape), _quantized_in_order(w, selection))
 
 
-def _quantized_in_order(w: Float32, selection: Selection) -> Float32:
-    return dequantize(quantize(w[:, selection.order]))[:, np.argsort(selection.order)]
+def _quantized_in_order(w: Float32, selection: Selection) -> Float64:
+    return exact_values(quantize(w[:, selection.order]))[:, np.argsort(selection.order)]
 
 
-def _float64_product(scheme: str, bits: float, x_hat: Float32, x_bounds: Float64, w_hat: Float32) -> Result:
+def _float64_product(scheme: str, bits: float, x_hat: Float32, x_bounds: Float64, w_hat: Float64) -> Result:
     return Result(
         scheme=scheme,
         num_residual=0,
@@ -105,6 +108,7 @@ def _float64_product(scheme: str, bits: float, x_hat: Float32, x_bounds: Float64
         x_bounds=x_bounds,
         w_hat=w_hat,
         y_hat=x_hat.astype(np.float64) @ w_hat.T,
+        accumulation=0,
     )
 
 
@@ -129,7 +133,9 @@ def run(layer: Layer) -> list[Row]:
 def _row(layer: Layer, result: Result) -> Row:
     x, w = layer.evaluation, layer.weight
     elements = bounds.worst(x.astype(np.float64), result.x_hat, result.x_bounds)
-    outputs = bounds.check_output(x, w, result.y_hat, result.x_bounds, result.w_hat)
+    certificate = bounds.certify_values(
+        x, w, result.x_bounds, result.w_hat, result.y_hat, result.accumulation
+    )
     return Row(
         layer=layer.name,
         scheme=result.scheme,
@@ -137,7 +143,7 @@ def _row(layer: Layer, result: Result) -> Row:
         bits_per_value=result.bits_per_value,
         output_error=output_error(x, w, result.y_hat),
         element_ratio=elements.worst_ratio,
-        output_ratio=outputs.worst_ratio,
+        output_ratio=float(certificate.tightness.max()),
         bounds_checked=x.size + result.y_hat.size,
     )
 

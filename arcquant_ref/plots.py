@@ -138,16 +138,9 @@ def bounds_figure() -> Figure:
 
 def _worst_block(scheme: str) -> tuple[Float64, Float64]:
     """Element / amax and error / amax in a block whose amax has rounded its scale up as far as that goes."""
-    width, others = BLOCK, np.zeros(0)
-    if scheme == "NVFP4":
-        threshold, worst = 6 * 1.0625, 5 * 1.125
-    elif scheme == "ARC":  # a residual of a whole step sets the second scale, 0.28125
-        threshold, worst, others = 6 * 1.5625, 4 * 1.625 + 5 * 0.28125, np.array([5 * 1.625])
-    else:
-        width, threshold, worst = MX_BLOCK, 272.0, 272.0  # halfway between 256 and 288
-    amax = np.nextafter(np.float32(threshold), np.float32(np.inf))
+    amax, *others, worst = prove.worst_block(scheme)
     x = np.sort(np.append(np.linspace(0, amax, 4000), worst))
-    blocks = np.zeros((len(x), width), np.float32)
+    blocks = np.zeros((len(x), MX_BLOCK if "MX" in scheme else BLOCK), np.float32)
     blocks[:, 0] = x
     blocks[:, 1 : 2 + len(others)] = [amax, *others]
     if "MX" in scheme:
@@ -156,7 +149,7 @@ def _worst_block(scheme: str) -> tuple[Float64, Float64]:
         values = exact_values(quantize(blocks, 1))
     else:
         values = merge(augment_activations(blocks, prove.ALL, 1), prove.ALL)
-    return x / float(amax), np.abs(blocks - values)[:, 0] / float(amax)
+    return x / amax, np.abs(blocks - values)[:, 0] / amax
 
 
 def _every_amax(axes: Axes) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ def _grid(fmt: FloatFormat) -> Grid:
 
 ELEMENT, SCALE = _grid(E2M1), _grid(E4M3)
 OTHER_TENSOR_SCALES = 100  # between 1 and 2, for the search in float32
+PIECE = 32  # amaxes between two looks at the progress bar
 LEAST, MOST = 2.0**-12, 2.0**13  # of the amaxes: below, all codes are zero; above, both scales saturate
 
 
@@ -112,13 +114,13 @@ def _sweep(amaxes: Float64, x: Float64, worst: Float64, at: Index) -> int:
 
 
 @kernel
-def _sweep_mx(amaxes: Float64, scales: Float64, x: Float64, grid: Grid, worst: Float64, at: Index) -> None:
-    """The same for elements of any format under given scales, without residual."""
+def _sweep_mx(amaxes: Float64, scales: Float64, x: Float64, grid: Grid) -> float:
+    """The largest error / amax for elements of any format under given scales, without residual."""
+    worst = 0.0
     for i in range(len(amaxes)):
         for j in range(np.searchsorted(x, amaxes[i], side="right")):
-            error = error_of(x[j], scales[i], grid)
-            if error > worst[i]:
-                worst[i], at[i] = error, j
+            worst = max(worst, error_of(x[j], scales[i], grid) / amaxes[i])
+    return worst
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +134,18 @@ class Sweep:
     cases: int
 
 
-def sweep(elements: Float64, amaxes: Float64, piece: int = 32) -> Sweep:
-    """Every element up to every amax with every second scale, on all threads; both ascend."""
+def sweep(elements: Float64, amaxes: Float64) -> Sweep:
+    """Every element up to every amax with every second scale, on all threads; both ascend, and the amaxes are
+    among the elements."""
+    assert np.isin(amaxes, elements).all()  # else a block would lack its own amax
     worst, at, cases = np.zeros((2, len(amaxes))), np.zeros((3, len(amaxes)), np.int64), 0
-    for start in tqdm(range(0, len(amaxes), piece), "amaxes", disable=None, leave=False):
+    for start in tqdm(range(0, len(amaxes), PIECE), "amaxes", disable=None, leave=False):
 
         def task(first: int, last: int, start: int = start) -> int:
             part = slice(start + first, start + last)
             return _sweep(amaxes[part], elements, worst[:, part], at[:, part])
 
-        cases += sum(over_rows(task, min(piece, len(amaxes) - start)))
+        cases += sum(over_rows(task, min(PIECE, len(amaxes) - start)))
     return Sweep(amaxes, elements, worst, at, cases)
 
 
@@ -201,49 +205,47 @@ BOUNDS: dict[str, Bound] = {"NVFP4": nvfp4, "ARC": arc}
 CONSTANTS = {"NVFP4": bounds.NVFP4, "ARC": bounds.ARC}
 
 
-def regimes(scheme: str) -> list[tuple[str, float, float]]:
-    """Name and range of amax, in units of the tensor scale; the constant holds in the one called normal."""
+def regimes(scheme: str) -> dict[str, tuple[float, float]]:
+    """Name → range of amax, in units of the tensor scale; the constant holds in the one called normal."""
     subnormal, normal = E2M1.max * E4M3.least_positive, E2M1.max * E4M3.least_normal
     begin = {"scale floored": LEAST, "scale subnormal": subnormal, "normal": normal}
     if scheme == "ARC":
         begin["normal, residual's scale low"] = begin.pop("normal")
         begin["normal"] = range_below(arc, float(bounds.ARC))[0]
     begin["saturated"] = float(np.nextafter(E2M1.max * E4M3.max, np.inf))
-    return [(name, low, high) for (name, low), high in zip(begin.items(), [*list(begin.values())[1:], MOST])]
+    return dict(zip(begin, pairwise([*begin.values(), MOST])))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One scheme in one regime, everything in units of the tensor scale."""
+class Regime:
+    """What the sweep says of one scheme in one regime, everything in units of the tensor scale."""
 
     scheme: str
-    regime: str
+    name: str
     low: float
     high: float
-    amaxes: int  # how many were tried
     supremum: float  # of bound / amax over all real amaxes
     attained: float  # the largest error / amax
     worst_ratio: float  # the largest error / bound: 1 is attained, more would refute the bound
     block: list[float]  # the numbers with the largest error / amax
 
 
-def rows(swept: Sweep) -> list[Row]:
-    """What the sweep says of every regime that it has amaxes of."""
+def by_regime(swept: Sweep) -> list[Regime]:
+    """Every regime that the sweep has amaxes of."""
     a, found = swept.amaxes, []
     for s, scheme in enumerate(SCHEMES):
-        for regime, low, high in regimes(scheme):
+        for name, (low, high) in regimes(scheme).items():
             inside = np.flatnonzero((a >= low) & (a < high))
             if not len(inside):
                 continue
             i = inside[np.argmax(swept.worst[s, inside] / a[inside])]
             chosen = swept.elements[swept.at[[[0], [2, 1]][s], i]]
             found.append(
-                Row(
+                Regime(
                     scheme=scheme,
-                    regime=regime,
+                    name=name,
                     low=low,
                     high=high,
-                    amaxes=len(inside),
                     supremum=supremum(BOUNDS[scheme], low, high),
                     attained=float(swept.worst[s, i] / a[i]),
                     worst_ratio=float((swept.worst[s, inside] / BOUNDS[scheme](a[inside])).max()),
@@ -254,6 +256,18 @@ def rows(swept: Sweep) -> list[Row]:
 
 
 ALL = select_top(np.ones(BLOCK), BLOCK)  # one block, all of it with a residual
+
+
+def worst_block(scheme: str) -> list[float]:
+    """A block within an ulp of the constant, without its zeros: the amax, just above where the scale rounds
+    up most; for ARC a number that leaves a whole step and so sets the second scale; the number that errs."""
+    if scheme == "NVFP4":  # scale 1.125
+        threshold, others = 6 * 1.0625, [5 * 1.125]
+    elif scheme == "ARC":  # scales 1.625 and 0.28125
+        threshold, others = 6 * 1.5625, [5 * 1.625, 4 * 1.625 + 5 * 0.28125]
+    else:  # MXFP8: halfway between 256 and 288
+        threshold, others = 272.0, [272.0]
+    return [float(np.nextafter(np.float32(threshold), np.float32(np.inf))), *others]
 
 
 def witness(block: list[float], scheme: str) -> str:
@@ -287,7 +301,7 @@ class Nearest:
     block: list[float]
 
 
-def nearest_float32(tensor_scale: float) -> list[Nearest]:
+def search_float32(tensor_scale: float) -> list[Nearest]:
     """Blocks of float32 around every pair of thresholds, ± 1 ulp: an amax where the block scale changes, an
     element that leaves a residual where the residual's scale changes, and one that then errs most."""
     values = np.array([value_of(code, SCALE) for code in range(SCALE.top + 1)])
@@ -340,35 +354,32 @@ def values_of(q: NVFP4Tensor) -> Float64:
 
 
 class Mx(NamedTuple):
-    """A scheme to compare with: elements, quantization, the rule for its scale, our constant, the paper's."""
+    """A scheme to compare with: elements, quantization, the rule for its scale, our constant."""
 
     fmt: FloatFormat
     quantize: Callable[..., Float32]
     rule: baselines.ExponentRule
     constant: Fraction
-    paper: Fraction | None
 
 
 CEILING, FLOOR = baselines.ceiling_exponent, baselines.floor_exponent
 MX = {
-    "MXFP8, ceiling scale": Mx(E4M3, baselines.mxfp8, CEILING, bounds.MXFP8_CEILING, bounds.PAPER_MXFP8),
-    "MXFP8, OCP floor scale": Mx(E4M3, baselines.mxfp8, FLOOR, bounds.MXFP8_FLOOR, bounds.PAPER_MXFP8),
-    "MXFP4, ceiling scale": Mx(E2M1, baselines.mxfp4, CEILING, bounds.MXFP4_CEILING, None),
-    "MXFP4, OCP floor scale": Mx(E2M1, baselines.mxfp4, FLOOR, bounds.MXFP4_FLOOR, None),
+    "MXFP8, ceiling scale": Mx(E4M3, baselines.mxfp8, CEILING, bounds.MXFP8_CEILING),
+    "MXFP8, OCP floor scale": Mx(E4M3, baselines.mxfp8, FLOOR, bounds.MXFP8_FLOOR),
+    "MXFP4, ceiling scale": Mx(E2M1, baselines.mxfp4, CEILING, bounds.MXFP4_CEILING),
+    "MXFP4, OCP floor scale": Mx(E2M1, baselines.mxfp4, FLOOR, bounds.MXFP4_FLOOR),
 }
+PAPER = {"ARC": bounds.PAPER_ARC} | {scheme: bounds.PAPER_MXFP8 for scheme in MX if "MXFP8" in scheme}
 
 
 def mx_attained(mx: Mx, elements: Float64) -> float:
     """The largest error / amax over every amax from 1 to 2 and every element up to it. Scales are powers of
     two: all binades are alike."""
-    grid = _grid(mx.fmt)
     amaxes = elements[(elements >= 1) & (elements < 2)]
     scales = 2.0 ** -math.floor(math.log2(mx.fmt.max)) * np.ones(len(amaxes))
     if mx.rule is CEILING:
         scales[amaxes > mx.fmt.max * scales] *= 2
-    worst, at = np.zeros(len(amaxes)), np.zeros(len(amaxes), np.int64)
-    _sweep_mx(amaxes, scales, elements, grid, worst, at)
-    return float((worst / amaxes).max())
+    return float(_sweep_mx(amaxes, scales, elements, _grid(mx.fmt)))
 
 
 def relative_errors(x: Float32) -> dict[str, Float64]:
@@ -383,8 +394,7 @@ def relative_errors(x: Float32) -> dict[str, Float64]:
     for scheme, values in x_hat.items():
         block, least = baselines.MX_BLOCK, 0.0
         if scheme in SCHEMES:
-            block = BLOCK
-            least = next(low for name, low, _ in regimes(scheme) if name == "normal")
+            block, least = BLOCK, regimes(scheme)["normal"][0]
         amax = np.repeat(bounds.block_amax(x, block), block, axis=1).astype(np.float64)
         inside = (amax > 0) & (amax >= least * np.float64(plain.tensor_scale))
         errors[scheme] = np.abs(x - values.astype(np.float64))[inside] / amax[inside]
@@ -403,18 +413,17 @@ class Line:
     real_layers: float  # the largest in the inputs of the sample's layers
 
 
-def table(swept: list[Row]) -> list[Line]:
+def table(found: list[Regime]) -> list[Line]:
     """Every scheme: what the paper states, what is proved, what occurs."""
-    attained = {row.scheme: row.attained for row in swept if row.regime == "normal"}
+    attained = {r.scheme: r.attained for r in found if r.name == "normal"}
     attained |= {scheme: mx_attained(mx, bfloat16()) for scheme, mx in MX.items()}
     normal = relative_errors(np.random.default_rng(0).standard_normal((512, 1024), np.float32))
     layers = [relative_errors(layer.evaluation) for layer in load_sample()]
     constants = CONSTANTS | {scheme: mx.constant for scheme, mx in MX.items()}
-    paper = {"NVFP4": None, "ARC": bounds.PAPER_ARC} | {scheme: mx.paper for scheme, mx in MX.items()}
     return [
         Line(
             scheme=scheme,
-            paper=None if (stated := paper[scheme]) is None else float(stated),
+            paper=float(PAPER[scheme]) if scheme in PAPER else None,
             constant=float(constants[scheme]),
             attained=attained[scheme],
             normal_data=float(np.quantile(normal[scheme], 0.999)),
@@ -429,7 +438,7 @@ class Proof:
     """All that `arcquant bounds --prove` finds."""
 
     cases: dict[str, int]
-    rows: dict[str, list[Row]]
+    regimes: dict[str, list[Regime]]
     float32: list[Nearest]
     below_mxfp8: dict[str, tuple[float, float]]
     table: list[Line]
@@ -437,7 +446,7 @@ class Proof:
     @property
     def holds(self) -> bool:
         """No error exceeds its bound or constant, but for what is allowed for the rounding of float32."""
-        exhaustive = all(row.worst_ratio <= 1 for found in self.rows.values() for row in found)
+        exhaustive = all(r.worst_ratio <= 1 for found in self.regimes.values() for r in found)
         float32 = [n.ratio for n in self.float32]
         float32 += [max(line.attained, line.real_layers) / line.constant for line in self.table]
         return exhaustive and max(float32) <= 1 + bounds.ROUNDING_RELATIVE
@@ -448,11 +457,11 @@ def prove() -> Proof:
     numbers = {"bfloat16": bfloat16(), "float16": float16()}
     tensor_scales = [1.0, *(1 + np.random.default_rng(0).random(OTHER_TENSOR_SCALES))]
     swept = {dtype: sweep(x, that_matter(x)) for dtype, x in numbers.items()}
-    found = {dtype: rows(one) for dtype, one in swept.items()}
+    found = {dtype: by_regime(one) for dtype, one in swept.items()}
     return Proof(
         cases={dtype: one.cases for dtype, one in swept.items()},
-        rows=found,
-        float32=[n for scale in tqdm(tensor_scales, "float32", disable=None) for n in nearest_float32(scale)],
+        regimes=found,
+        float32=[n for scale in tqdm(tensor_scales, "float32", disable=None) for n in search_float32(scale)],
         below_mxfp8={name: range_below(arc, float(MX[name].constant)) for name in MX if "MXFP8" in name},
         table=table(found["bfloat16"]),
     )
@@ -461,7 +470,7 @@ def prove() -> Proof:
 def report(proof: Proof) -> str:
     """A proof as text."""
     lines = []
-    for dtype, found in proof.rows.items():
+    for dtype, found in proof.regimes.items():
         lines += [
             f"Every {dtype} amax from 2^-12 to 2^13, every element up to it, every second scale they get:",
             f"{proof.cases[dtype]:,} residuals, tensor_scale 1, exact but for the codes' own rounding.",
@@ -470,12 +479,12 @@ def report(proof: Proof) -> str:
             f"{'attained':>9} {'error / bound':>14}",
         ]
         lines += [
-            f"{r.scheme:<7} {r.regime:<27} {r.low:>10.4g} {r.high:>10.4g} {r.supremum:>18.6f} "
+            f"{r.scheme:<7} {r.name:<27} {r.low:>10.4g} {r.high:>10.4g} {r.supremum:>18.6f} "
             f"{r.attained:>9.6f} {r.worst_ratio:>14.6f}"
             for r in found
         ]
         for r in found:
-            if r.regime == "normal":
+            if r.name == "normal":
                 gap = float(CONSTANTS[r.scheme]) - r.attained
                 lines += ["", f"{r.scheme} comes within {gap:.6f} of {CONSTANTS[r.scheme]} with"]
                 lines.append(witness(r.block, r.scheme))

@@ -65,7 +65,7 @@ def matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     """
     for name, q in (("a", a), ("b", b)):
         checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
-    checks.same_depth(a.shape[1], b.shape[1])
+    checks.same_depth("a", a.shape[1], "b", b.shape[1])
     left, right = operand(a.codes, a.block_scales), operand(b.codes, b.block_scales)
     y = np.empty((len(a.codes), len(b.codes)), f32)
     tiles = [(m, n) for m in range(0, y.shape[0], TILE_M) for n in range(0, y.shape[1], TILE_N)]
@@ -201,7 +201,7 @@ def matmul_fma(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
 def _matmul_by_rows(a: NVFP4Tensor, b: NVFP4Tensor, fill_rows: Callable) -> Float32:
     for name, q in (("a", a), ("b", b)):
         checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
-    checks.same_depth(a.shape[1], b.shape[1])
+    checks.same_depth("a", a.shape[1], "b", b.shape[1])
     left, right = (_decoded(q.codes, q.block_scales) for q in (a, b))
     acc, y = np.empty((len(a.codes), len(b.codes))), np.empty((len(a.codes), len(b.codes)), f32)
 

@@ -93,7 +93,7 @@ class Face:
         """
         for name, q in (("a", a), ("b", b)):
             checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")
-        checks.same_depth(a.shape[1], b.shape[1])
+        checks.same_depth("a", a.shape[1], "b", b.shape[1])
         return self.device.download(launch.matmul(self.device, self.pack(a), self.pack(b), exact))
 
     def pack(self, q: NVFP4Tensor) -> launch.PackedTensor:

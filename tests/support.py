@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from arcquant_ref import NVFP4Tensor, backends
+from arcquant_ref.baselines import ExponentRule, ceiling_exponent
 from gpu import load
 
 REQUIRED = set(filter(None, os.environ.get("ARCQUANT_REQUIRE", "").split(",")))
@@ -78,6 +80,12 @@ def all_bf16() -> NDArray[np.float32]:
 def finite_bf16() -> NDArray[np.float32]:
     x = all_bf16()
     return x[np.isfinite(x)]
+
+
+def in_bfloat16(constant: Fraction, rule: ExponentRule) -> float:
+    """What bfloat16 attains of an MX constant. The ceiling rule's is a midpoint of few bits: all of it. The
+    floor rule's is the limit 1 − max / 2p, as amax goes to 2p: bfloat16 goes to 2p (1 − 2⁻⁸)."""
+    return float(constant if rule is ceiling_exponent else 1 - (1 - constant) / (1 - Fraction(1, 256)))
 
 
 def neighbours(x: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -256,11 +256,13 @@ def test_bounds_take_only_what_fits():
             bound(1.0, -1.0)
     x_bounds = bounds.element_bounds(GOOD, 1.0)
     with pytest.raises(ValueError, match=r"w has shape \(2, 32\) but w_hat has \(1, 32\)"):
-        bounds.output_bounds(GOOD, GOOD, x_bounds, GOOD[:1])
+        bounds.certify_values(GOOD, GOOD, x_bounds, GOOD[:1], GOOD @ GOOD.T)
     with pytest.raises(ValueError, match=r"x has shape \(1, 32\) but x_bounds has \(2, 32\)"):
-        bounds.output_bounds(GOOD[:1], GOOD, x_bounds, GOOD)
-    with pytest.raises(ValueError, match=r"got has shape \(1, 2\) but x wᵀ has \(2, 2\)"):
-        bounds.check_output(GOOD, GOOD, np.ones((1, 2)), x_bounds, GOOD)
+        bounds.certify_values(GOOD[:1], GOOD, x_bounds, GOOD, GOOD @ GOOD.T)
+    with pytest.raises(ValueError, match=r"y_hat has shape \(1, 2\) but x wᵀ has \(2, 2\)"):
+        bounds.certify_values(GOOD, GOOD, x_bounds, GOOD, np.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"x has K=32 and w has K=16"):
+        bounds.certify_values(GOOD, GOOD[:, :16], x_bounds, GOOD[:, :16], GOOD @ GOOD.T)
 
 
 def test_other_types_where_a_tensor_or_a_selection_belongs():

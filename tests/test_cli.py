@@ -116,7 +116,7 @@ def test_bounds_proves_them_and_draws_them(capsys, monkeypatch):
     assert out.endswith("Every error is within its bound.\n")
     with open("b.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
-    assert json.loads(run(capsys, "bounds --prove --json"))["rows"]["bfloat16"][0]["worst_ratio"] <= 1
+    assert json.loads(run(capsys, "bounds --prove --json"))["regimes"]["bfloat16"][0]["worst_ratio"] <= 1
     mx = prove.MX["MXFP8, ceiling scale"]
     with monkeypatch.context() as patch:
         patch.setitem(prove.MX, "MXFP8, ceiling scale", mx._replace(constant=Fraction(1, 18)))
@@ -139,7 +139,9 @@ def test_bounds_certifies_a_product(capsys):
     assert sum(plain["share"].values()) == pytest.approx(1)
     np.save("w.npy", np.full((2, X.shape[1]), [[1e18], [1e-3]]))
     np.save("large.npy", np.full_like(X, 1e20))
-    assert f"{len(X)} of them may overflow" in run(capsys, "bounds large.npy --weights w.npy")
+    assert f"outputs without a bound, as float32 may overflow: {len(X)}\n" in run(
+        capsys, "bounds large.npy --weights w.npy"
+    )
     overflowing = json.loads(run(capsys, "bounds large.npy --weights w.npy --json"))
     assert sum(overflowing["share"].values()) == pytest.approx(1)
     assert overflowing["without_bound"] == len(X)
@@ -257,7 +259,7 @@ def test_bad_files_and_options(capsys):
         "bounds --selection s.safetensors": "--selection and --weights need a matrix",
         "bounds --weights x.npy": "--selection and --weights need a matrix",
         "bounds x.npy --prove": "--prove and --plot are about the bounds themselves",
-        "bounds x.npy --weights narrow.npy": "a has K=64 and b has K=32",
+        "bounds x.npy --weights narrow.npy": "x has K=64 and w has K=32",
         "sample -o sample.npy": "sample.npy must end in .npz",
         "quantize x.npy -o absent/q.safetensors": "absent does not exist. Create it first",
     }.items():

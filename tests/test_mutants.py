@@ -80,9 +80,8 @@ MUTANTS = [
     ),
     ("bounds", "amax = amax * (1 + ROUNDING_RELATIVE) + ROUNDING_ABSOLUTE\n", "pass\n"),
     ("bounds", "ROUNDING_ABSOLUTE = 2.0**-146", "ROUNDING_ABSOLUTE = 2.0**-125"),
-    ("bounds", "bound + np.where(np.isfinite(got), last_rounding, 0) + float64_sum", "bound + float64_sum"),
-    ("bounds", "x.shape[1] * 2.0**-53", "2.0**-20"),
-    ("bounds", " + 2.0**-150", ""),
+    ("bounds", "x.shape[-1] * 2.0**-50", "2.0**-20"),
+    ("bounds", "accumulation=accumulation + float64_sum", "accumulation=float64_sum"),
     ("bounds", "nan=np.inf", "nan=0.0"),
     ("baselines", "fraction > max_fraction", "fraction >= max_fraction"),
     ("baselines", "- int(np.frexp(fmt.max)[1])", "- int(np.frexp(fmt.max)[1]) + 1"),
@@ -94,15 +93,16 @@ BOUNDS, PROOF = "test_bounds.py", "test_prove.py"
 BOUNDS_MUTANTS = [  # that only the emulator, or the proof, can tell
     ("bounds", PRODUCT, "error + 5 * 2.0**-35 *", "error + 2.0**-40 *"),
     ("bounds", PRODUCT, "error + 2.0**-23 *", "error + 2.0**-26 *"),
-    ("bounds", BOUNDS, "np.abs(w64 - w_hat).T,\n", "np.abs(w64 - w_hat).T / 2,\n"),
+    ("bounds", BOUNDS, "np.abs(w - w_hat).T\n", "np.abs(w - w_hat).T / 2\n"),
     ("bounds", PRODUCT, "(scale * 2.0**-22 + 2.0**-149) + 2.0**-149", "0"),  # the epilogue's rounding
     (
         "bounds",
         BOUNDS,
-        "element_bounds(x, a.tensor_scale, selection) @",
-        "element_bounds(x, a.tensor_scale) @",
+        "x_bounds = element_bounds(x, a.tensor_scale, selection)",
+        "x_bounds = element_bounds(x, a.tensor_scale)",
     ),
-    ("bounds", BOUNDS, "np.where(np.isfinite(self.bound), y_hat, self.y)", "y_hat"),
+    ("bounds", BOUNDS, "(true == got) | np.isinf(bound)", "true == got"),  # no bound is a violation
+    ("bounds", BOUNDS, "np.where(unbounded, -1, ratio)", "ratio"),  # and may be called the worst
     ("bounds", PROOF, 'amax, side="right")', 'amax, side="left")'),  # a tie that goes to the larger scale
     ("bounds", PROOF, "np.maximum(error, rounded_down)", "error"),
     ("prove", PROOF, "residual[j] >= residual[count - 1]", "residual[j] >= 0"),  # amax without a residual
