@@ -178,6 +178,20 @@ def test_the_accumulation_bound_is_no_empty_promise():
     assert error <= bound < (steps + 3) * (1 + 2.0**-9) * 2.0**-7
 
 
+def test_the_accumulation_bound_is_no_empty_promise_where_alignment_cuts_off():
+    """In each of 10 steps a group cancels, 36 − 36 times 2¹⁶, and makes E = 16; three others are half a unit
+    of 2^(E − 35) each, and lost. The bound allows 5 units, and 2⁻²³ of next to nothing."""
+    steps = 10
+    codes = np.tile(np.uint8([7, 7, *[0] * 14, *[1, *[0] * 15] * 3]), steps)[None]  # 6 · 6; ½ · ½
+    other = np.tile(np.uint8([7, 15, *[0] * 14, *[1, *[0] * 15] * 3]), steps)[None]
+    scales = np.tile(np.uint8([0x78, 1, 1, 1]), steps)[None]  # 2⁸, 2⁻⁹
+    a, b = (NVFP4Tensor(codes=c, block_scales=scales, tensor_scale=1) for c in (codes, other))
+    assert emulator.matmul(a, b) == 0
+    error = gemm.integer_matmul(a, b) * 2.0**-20
+    assert error == steps * 3 / 2 * 2.0**-19
+    assert error <= bounds.accumulation_bound(a, b) < steps * 5 * (1 + 2.0**-18) * 2.0**-19
+
+
 @pytest.mark.parametrize("power", [-60, 0, 40])
 @given(size=sizes, seed=st.integers(0, 2**32 - 1))
 def test_matmul_is_the_exact_one_where_nothing_is_cut_off(power, size, seed):
