@@ -7,12 +7,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from strategies import matrices, tensor_scales
-from support import assert_same_tensor
+from support import assert_same_tensor, neighbours
 
 import arcquant_ref
 import emulator
 from arcquant_ref import Selection, calibrate, layout, sample, select, select_top
-from arcquant_ref.formats import BLOCK
+from arcquant_ref.formats import BLOCK, E4M3
 
 
 @st.composite
@@ -76,6 +76,16 @@ def test_pack_refuses_what_layout_refuses():
         for pack in (emulator.pack, layout.pack):
             with pytest.raises((TypeError, ValueError), match=message):
                 pack(codes)
+
+
+@pytest.mark.parametrize("tensor_scale", [0.0007, 1 / 3, 1.7808476686477661, 2.0**-126 * 1.1])
+def test_same_bytes_where_the_block_scale_changes(tensor_scale):
+    """An amax within two ulps of every threshold: another order of divisions gives other scales there."""
+    thresholds = (6 * E4M3.midpoints * np.float32(tensor_scale)).astype(np.float32)
+    amax = np.unique(neighbours(neighbours(thresholds)))
+    x = np.zeros((len(amax), BLOCK), np.float32)
+    x[:, 3] = amax
+    assert_same_tensor(emulator.quantize(x, tensor_scale), arcquant_ref.quantize(x, tensor_scale))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129])
