@@ -20,12 +20,12 @@ those of Hopper.
 import re
 from bisect import bisect
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
 
-from .ptx_instructions import decode
+from .ptx_instructions import meaning
 from .ptx_machine import (
     WARP,
     Array,
@@ -92,14 +92,25 @@ class Module:
                 f"grid={grid}, block={block}: a grid is {MOST_BLOCKS} at most, a block of {kernel} "
                 f"{MOST_THREADS} and {entry.most_threads} threads in all; none may be below 1."
             )
-        entry.code = entry.code or [decode(entry, statement) for statement in entry.statements]
         shared = [(address, size or shared_bytes) for address, size in entry.arrays.values()]
-        launch = Launch(entry, grid, block, arguments(entry, args), memory, shared)
+        launch = Launch(entry, code_of(entry), grid, block, arguments(entry, args), memory, shared)
         memory.launches += 1
         blocks, at_once = np.arange(prod(grid)), max(1, THREADS_AT_ONCE // (-(-prod(block) // WARP) * WARP))
         with np.errstate(all="ignore"):
             for first in range(0, len(blocks), at_once):
                 Batch(launch, blocks[first : first + at_once]).run()
+
+
+def code_of(kernel: Kernel) -> list[Callable[[Batch, list[str]], int | None]]:
+    """The functions that run its statements."""
+    code = []
+    for s in kernel.statements:
+        function = meaning(s.opcode)
+        if function is None:
+            why = f"{s.opcode} is an opcode, or has a modifier, that is not known here"
+            raise Unsupported(f"{kernel.name}, PTX line {s.line} {s.source}: {s.text}\n{why}.")
+        code.append(function)
+    return code
 
 
 def arguments(kernel: Kernel, args: Sequence[Buffer | np.generic]) -> dict[str, Array]:
@@ -128,6 +139,7 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 PARAMETER = re.compile(r"\.param\s+\.([suf]\d+)(?:\s+\.ptr\b.*?)?\s+([\w$]+)")
+INSTRUCTION = re.compile(r"(?:@(!?[%\w$]+)\s+)?(\w[\w.:]*)\s*(.*)", re.DOTALL)
 SHARED = re.compile(r"(?:\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 
 
@@ -159,7 +171,7 @@ class Text:
         elif match["brace"]:
             self.names = self.names.parents
             if self.kernel and len(self.names.maps) == 1:
-                self.kernel.statements.append(Statement("exit", line, self.source, self.names))
+                self.kernel.statements.append(Statement("", "exit", [], {}, "}", line, self.source))
                 for array in self.shared:
                     self.kernel.place(*array)
                 self.kernel = None
@@ -173,7 +185,7 @@ class Text:
             places = re.findall(r"(?:^|inlined_at)\s+(\d+)\s+(\d+)", match["rest"])
             self.source = ", inlined at ".join(f"{self.files.get(file, file)}:{row}" for file, row in places)
         elif match["statement"]:
-            self.statement(Statement(match["statement"].strip(), line, self.source, self.names))
+            self.statement(match["statement"].strip(), line)
 
     def entry(self, name: str, parameters: str) -> None:
         types = {}
@@ -184,22 +196,28 @@ class Text:
             types[match[2]] = match[1]
         self.kernel = self.kernels[name] = Kernel(name, types)
 
-    def statement(self, statement: Statement) -> None:
-        if match := SHARED.fullmatch(statement.text):
+    def statement(self, text: str, line: int) -> None:
+        if match := SHARED.fullmatch(text):
             alignment, name, size = int(match[1]), match[2], int(match[3] or 0)
             if self.kernel:
                 self.kernel.place(name, size, alignment)
             else:
                 self.shared.append((name, size, alignment))
         elif self.kernel is None:
-            if not statement.text.startswith(
-                ".global"
-            ):  # constants: NVRTC has put their values into the code
-                raise Unsupported(f"PTX line {statement.line}: {statement.text!r} is not understood.")
-        elif match := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement.text, re.DOTALL):
+            if not text.startswith(".global"):  # constants: NVRTC has put their values into the code
+                raise Unsupported(f"PTX line {line}: {text!r} is not understood.")
+        elif match := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL):
             self.declare(self.kernel.types, match[1], match[2])
-        elif not statement.text.startswith(".pragma"):
-            self.kernel.statements.append(statement)
+        elif match := INSTRUCTION.fullmatch(text):
+            guard, opcode, operands = match.groups()
+            parts = [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", operands)]
+            names = re.findall(r"[%\w$]+", text)
+            numbers = {name: self.names[name] for name in names if name in self.names}
+            self.kernel.statements.append(
+                Statement(guard or "", opcode, parts, numbers, " ".join(text.split()), line, self.source)
+            )
+        elif not text.startswith(".pragma"):
+            raise Unsupported(f"{self.kernel.name}, PTX line {line}: {text!r} is no instruction.")
 
     def declare(self, types: list[str], kind: str, names: str) -> None:
         """.reg .b32 %r<9>, x;"""

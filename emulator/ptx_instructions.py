@@ -1,4 +1,4 @@
-"""One statement of PTX → one function that runs it. Source: PTX ISA 9, chapter Instruction Set.
+"""What each PTX instruction does to a batch of threads. Source: PTX ISA 9, chapter Instruction Set.
 
 A rule is a pattern that an opcode must match as a whole, so that a modifier nobody thought of is unknown here
 and not ignored. What computes a register from others, thread by thread, is one line of ELEMENTWISE; below it
@@ -14,136 +14,32 @@ import numpy as np
 
 from . import ptx_memory as watch
 from .formats import MAGNITUDE, NAN, SIGN, encode_e2m1_flat, encode_e4m3_flat, f32, f64, u8, u32
-from .ptx_machine import (
-    DTYPES,
-    EXITED,
-    WARP,
-    Array,
-    BadAccess,
-    Batch,
-    Copies,
-    Instruction,
-    Kernel,
-    Statement,
-    Unsupported,
-    bits_in_type,
-    stored,
-)
+from .ptx_machine import DTYPES, EXITED, WARP, Array, BadAccess, Batch, Copies, bits_in_type
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
 f16, u16, u64, i64 = np.float16, np.uint16, np.uint64, np.int64
-Run = Callable[[Batch], int | None]  # → number of the instruction to go on with, if it is not the next one
-Read = Callable[[Batch], Array]  # an operand over all threads, or one value for all
-RULES: dict[str, Callable[..., Run]] = {}
+RULES: dict[str, Callable[..., int | None]] = {}
 
 
 def instruction(pattern: str) -> Callable:
-    """Use the function below for opcodes that match; it gets the Operands and the groups."""
+    """Use the function below for opcodes that match. It gets the batch, the operands and the groups; it
+    returns the number of the statement to go on with, if it is not the next one."""
 
-    def register(build: Callable[..., Run]) -> Callable[..., Run]:
-        RULES[pattern] = build
-        return build
+    def register(function: Callable) -> Callable:
+        RULES[pattern] = function
+        return function
 
     return register
 
 
 @cache
-def rule_for(opcode: str) -> tuple[Callable[..., Run], tuple[str, ...]] | None:
-    matches = ((build, re.fullmatch(pattern, opcode)) for pattern, build in RULES.items())
-    return next(((build, match.groups()) for build, match in matches if match), None)
-
-
-def decode(kernel: Kernel, statement: Statement) -> Instruction:
-    """Raises Unsupported for an opcode, a modifier or an operand that is not known."""
-    match = re.fullmatch(r"(?:@(!?[%\w$]+)\s+)?([\w.:]+)\s*(.*)", statement.text, re.DOTALL)
-    if match is None:
-        raise Unsupported(f"{kernel.name}, PTX line {statement.line}: {statement.text!r} is no instruction.")
-    guard, opcode, operands = match.groups()
-    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", operands)
-    o = Operands(kernel, statement, [part.strip() for part in parts])
-    rule = rule_for(opcode)
-    if rule is None:
-        raise o.unsupported(f"{opcode} is an opcode, or has a modifier, that is not known here")
-    return Instruction(rule[0](o, *rule[1]), o.read(guard, "pred") if guard else None)
-
-
-class Operands:
-    """Of one statement."""
-
-    def __init__(self, kernel: Kernel, statement: Statement, texts: list[str]) -> None:
-        self.kernel, self.statement, self.texts = kernel, statement, texts
-
-    def __getitem__(self, i: int) -> str:
-        if i >= len(self.texts):
-            raise self.unsupported("an operand is missing")
-        return self.texts[i]
-
-    def unsupported(self, why: str) -> Unsupported:
-        s = self.statement
-        return Unsupported(f"{self.kernel.name}, PTX line {s.line} {s.source}: {s.text}\n{why}.")
-
-    def register(self, name: str) -> int:
-        if name not in self.statement.registers:
-            raise self.unsupported(f"{name} is not a register")
-        return self.statement.registers[name]
-
-    def names(self, text: str, count: int) -> list[str]:
-        """{a, b, …} or a"""
-        names = [name.strip() for name in text.strip("{}").split(",")]
-        if len(names) != count:
-            raise self.unsupported(f"{text} must be {count} operands")
-        return names
-
-    def registers(self, text: str, count: int) -> list[int]:
-        return [self.register(name) for name in self.names(text, count)]
-
-    def reads(self, text: str, kind: str, count: int) -> list[Read]:
-        return [self.read(name, kind) for name in self.names(text, count)]
-
-    def read(self, text: str, kind: str) -> Read:
-        """→ function that gives the operand as this type."""
-        if kind == "pred" and text.startswith("!"):
-            inner = self.read(text[1:], kind)
-            return lambda batch: ~inner(batch)
-        if text not in self.statement.registers:
-            return self.constant(text, kind)
-        number, dtype, low = self.register(text), DTYPES[kind], stored(kind)
-        declared = self.kernel.types[number]
-        if bits_in_type(declared) < bits_in_type(kind) or (kind == "pred") != (declared == "pred"):
-            raise self.unsupported(f"{text} is .{declared}; .{kind} does not fit")
-        if stored(declared) == dtype:
-            return lambda batch: batch.registers[number]
-        if stored(declared) == low:
-            return lambda batch: batch.registers[number].view(dtype)
-        return lambda batch: batch.registers[number].astype(low).view(dtype)
-
-    def constant(self, text: str, kind: str) -> Read:
-        """A special register, the address of an array in shared memory, a number."""
-        if re.fullmatch(r"%n?(tid|ctaid)\.[xyz]", text):
-            return lambda batch: batch.special[text].astype(DTYPES[kind], copy=False)
-        value = self.kernel.arrays[text][0] if text in self.kernel.arrays else self.number(text)
-        array = np.array([value & (1 << bits_in_type(kind)) - 1], stored(kind)).view(DTYPES[kind])
-        return lambda batch: array
-
-    def number(self, text: str) -> int:
-        """An integer, or the bits of a float32."""
-        if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
-            return int(text[2:], 16)
-        try:
-            return int(text.removesuffix("U"), 0)
-        except ValueError:
-            raise self.unsupported(f"{text} is not a register, a shared array or a number") from None
-
-    def address(self, text: str) -> Read:
-        """[register + offset] or [array + offset] → the addresses of the active threads."""
-        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]", text)
-        if match is None:
-            raise self.unsupported(f"{text} is not an address")
-        name, offset = match[1], int(match[2] or 0)
-        kind = self.kernel.types[self.register(name)] if name in self.statement.registers else "u32"
-        base, wrap = self.read(name, kind), (1 << min(bits_in_type(kind), 63)) - 1
-        # those of 32 bits go round
-        return lambda batch: (batch.active(base(batch)).astype(i64) + offset) & wrap
+def meaning(opcode: str) -> Callable[..., int | None] | None:
+    """A function of batch and operands; None for an opcode or a modifier that is not known."""
+    for pattern, function in RULES.items():
+        if match := re.fullmatch(pattern, opcode):
+            groups = match.groups()
+            return lambda batch, operands: function(batch, operands, *groups)
+    return None
 
 
 # Floating point: every result is the exact one, rounded once
@@ -333,12 +229,11 @@ for _name, _compare, _opposite in (
         ELEMENTWISE[rf"setp\.{_name}u\.f32"] = ("f32 f32", lambda a, b, no=_opposite: ~no(a, b))
 
 
-def elementwise(sources: str, function: Callable[..., Array], o: Operands, *kind: str) -> Run:
+def elementwise(sources: str, function: Callable[..., Array], batch: Batch, o: list[str], *kind: str) -> None:
     kinds = [kind[0] if source == "t" else source for source in sources.split()]
-    if len(o.texts) != 1 + len(kinds):
-        raise o.unsupported(f"it takes {1 + len(kinds)} operands")
-    target, reads = o.register(o[0]), [o.read(text, kind) for text, kind in zip(o.texts[1:], kinds)]
-    return lambda batch: batch.set(target, function(*[read(batch) for read in reads]))
+    if len(o) != 1 + len(kinds):
+        raise batch.unsupported(f"it takes {1 + len(kinds)} operands")
+    batch.set(o[0], function(*[batch.read(text, kind) for text, kind in zip(o[1:], kinds)]))
 
 
 RULES |= {pattern: partial(elementwise, *entry) for pattern, entry in ELEMENTWISE.items()}
@@ -348,204 +243,142 @@ RULES |= {pattern: partial(elementwise, *entry) for pattern, entry in ELEMENTWIS
 
 
 @instruction(r"mov\.([bsuf](?:16|32|64)|pred)")
-def _mov(o: Operands, kind: str) -> Run:
-    """A copy; from or to {a, b, …}, the lowest bits first; _ takes what nobody wants."""
-    if "{" in o[1]:
-        parts = o[1].count(",") + 1
-        reads, target = o.reads(o[1], f"b{bits_in_type(kind) // parts}", parts), o.register(o[0])
-
-        def pack(batch: Batch) -> None:
-            values = [np.broadcast_to(read(batch), batch.size) for read in reads]
-            batch.set(target, np.stack(values, axis=-1).view(stored(kind))[:, 0])
-
-        return pack
-    value = o.read(o[1], kind)
-    if "{" in o[0]:
-        names = o.names(o[0], o[0].count(",") + 1)
-        part = stored(f"b{bits_in_type(kind) // len(names)}")
-        targets = {i: o.register(name) for i, name in enumerate(names) if name != "_"}
-
-        def unpack(batch: Batch) -> None:
-            columns = np.ascontiguousarray(value(batch)).view(part).reshape(-1, len(names)).T
-            for i, target in targets.items():
-                batch.set(target, np.ascontiguousarray(columns[i]))
-
-        return unpack
-    target = o.register(o[0])
-    return lambda batch: batch.set(target, value(batch))
+def _mov(batch: Batch, o: list[str], kind: str) -> None:
+    """A copy; from or to {a, b, …}, the lowest bits first."""
+    to, source = (text.count(",") + 1 for text in o)
+    if to == source == 1:
+        return batch.set(o[0], batch.read(o[1], kind))
+    values = batch.reads(o[1], f"b{bits_in_type(kind) // source}", source)
+    whole = np.stack(np.broadcast_arrays(*values), axis=-1)
+    for name, column in zip(batch.names(o[0], to), whole.view(f"u{bits_in_type(kind) // 8 // to}").T):
+        batch.set(name, np.ascontiguousarray(column))
 
 
-@instruction(r"ld\.param\.[bsuf](32|64)")
-def _ld_param(o: Operands, bits: str) -> Run:
-    name, target = o[1].strip("[]"), o.register(o[0])
-    if bits_in_type(o.kernel.parameters.get(name, "pred")) != int(bits):
-        raise o.unsupported(f"{o[1]} is not a parameter of {bits} bits")
-    return lambda batch: batch.set(target, batch.launch.arguments[name])
+@instruction(r"ld\.param\.([bsuf](?:32|64))")
+def _ld_param(batch: Batch, o: list[str], kind: str) -> None:
+    name = o[1].strip("[]")
+    if bits_in_type(batch.launch.kernel.parameters.get(name, "pred")) != bits_in_type(kind):
+        raise batch.unsupported(f"{o[1]} is not a parameter of type .{kind}")
+    batch.set(o[0], batch.launch.arguments[name])
 
 
 WHERE = r"(global|shared)(?:\.v([24]))?\.([bsuf](?:8|16|32|64))"
 
 
 @instruction(rf"ld(?:\.volatile)?\.{WHERE}")
-def _ld(o: Operands, space: str, vector: str | None, kind: str) -> Run:
-    numbers, addresses, dtype = o.registers(o[0], int(vector or 1)), o.address(o[1]), DTYPES[kind]
-
-    def run(batch: Batch) -> None:
-        values = np.empty((len(batch.lanes), dtype.itemsize * len(numbers)), u8)
-        batch.access(watch.READ, "reads", space, addresses(batch), values)
-        for number, column in zip(numbers, values.view(dtype).T):
-            batch.set_active(number, np.ascontiguousarray(column))
-
-    return run
+def _ld(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -> None:
+    names, dtype = batch.names(o[0], int(vector or 1)), DTYPES[kind]
+    values = np.empty((len(batch.lanes), dtype.itemsize * len(names)), u8)
+    batch.access(watch.READ, "reads", space, batch.addresses(o[1]), values)
+    for name, column in zip(names, values.view(dtype).T):
+        batch.set(name, np.ascontiguousarray(column))
 
 
 @instruction(rf"st(?:\.volatile)?\.{WHERE}")
-def _st(o: Operands, space: str, vector: str | None, kind: str) -> Run:
-    addresses, parts = o.address(o[0]), o.reads(o[1], kind, int(vector or 1))
-
-    def run(batch: Batch) -> None:
-        values = np.stack([batch.active(part(batch)) for part in parts], axis=1).view(u8)
-        batch.access(watch.WRITE, "writes", space, addresses(batch), values)
-
-    return run
+def _st(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -> None:
+    values = np.stack([batch.active(x) for x in batch.reads(o[1], kind, int(vector or 1))], axis=1).view(u8)
+    batch.access(watch.WRITE, "writes", space, batch.addresses(o[0]), values)
 
 
 @instruction(r"atom(?:\.relaxed\.gpu)?\.global\.max\.u32")
-def _atom(o: Operands) -> Run:
+def _atom(batch: Batch, o: list[str]) -> None:
     """One thread after the other; the hardware may choose any order."""
-    target, addresses, value = o.register(o[0]), o.address(o[1]), o.read(o[2], "u32")
-
-    def run(batch: Batch) -> None:
-        where, values = addresses(batch), batch.active(value(batch))
-        before = np.empty_like(values)
-        for i in range(len(where)):
-            one, old = slice(i, i + 1), before[i : i + 1].view(u8).reshape(1, 4)
-            batch.access(watch.READ, "updates", "global", where[one], old, batch.lanes[one])
-            new = np.maximum(before[one], values[one]).view(u8).reshape(1, 4)
-            batch.access(watch.ATOMIC, "updates", "global", where[one], new, batch.lanes[one])
-        batch.set_active(target, before)
-
-    return run
+    where, values = batch.addresses(o[1]), batch.active(batch.read(o[2], "u32"))
+    before = np.empty_like(values)
+    for i in range(len(where)):
+        one, old = slice(i, i + 1), before[i : i + 1].view(u8).reshape(1, 4)
+        batch.access(watch.READ, "updates", "global", where[one], old, batch.lanes[one])
+        new = np.maximum(before[one], values[one]).view(u8).reshape(1, 4)
+        batch.access(watch.ATOMIC, "updates", "global", where[one], new, batch.lanes[one])
+    batch.set(o[0], before)
 
 
 # Copies from global to shared memory that arrive later
 
 
 @instruction(r"cp\.async\.(ca|cg)\.shared\.global")
-def _cp_async(o: Operands, cache: str) -> Run:
+def _cp_async(batch: Batch, o: list[str], cache: str) -> None:
     """[to], [from], width {, bytes to read: the rest becomes zero}"""
-    to, source, width = o.address(o[0]), o.address(o[1]), o.number(o[2])
+    to, source, width = batch.addresses(o[0]), batch.addresses(o[1]), batch.number(o[2])
     if width not in ((16,) if cache == "cg" else (4, 8, 16)):
-        raise o.unsupported(f".{cache} does not copy {width} bytes")
-    limit = o.read(o.texts[3] if len(o.texts) > 3 else str(width), "u32")
-
-    def run(batch: Batch) -> None:
-        sizes, origin, where = batch.active(limit(batch)), source(batch), to(batch)
-        if (sizes > width).any():
-            batch.fail(BadAccess, batch.lanes[sizes.argmax()], f"copies {sizes.max()} bytes into {width}")
-        values = np.zeros((len(sizes), width), u8)
-        for size in np.unique(sizes[sizes > 0]):
-            chosen = sizes == size
-            part, lanes = np.empty((np.count_nonzero(chosen), size), u8), batch.lanes[chosen]
-            batch.access(watch.READ, "copies", "global", origin[chosen], part, lanes, width)
-            values[chosen, :size] = part
-        batch.access(watch.COPY, "copies to", "shared", where, values)
-        batch.copies.append(Copies(batch.lanes, where, batch.groups[batch.lanes], width))
-
-    return run
+        raise batch.unsupported(f".{cache} does not copy {width} bytes")
+    sizes = batch.active(batch.read((o[3:] or o[2:])[0], "u32"))
+    if (sizes > width).any():
+        batch.fail(BadAccess, batch.lanes[sizes.argmax()], f"copies {sizes.max()} bytes into {width}")
+    values = np.zeros((len(sizes), width), u8)
+    for size in np.unique(sizes[sizes > 0]):
+        chosen = sizes == size
+        part, lanes = np.empty((np.count_nonzero(chosen), size), u8), batch.lanes[chosen]
+        batch.access(watch.READ, "copies", "global", source[chosen], part, lanes, width)
+        values[chosen, :size] = part
+    batch.access(watch.COPY, "copies to", "shared", to, values)
+    batch.copies.append(Copies(batch.lanes, to, batch.groups[batch.lanes], width))
 
 
 @instruction(r"cp\.async\.commit_group")
-def _commit(o: Operands) -> Run:
-    def run(batch: Batch) -> None:
-        batch.groups[batch.lanes] += 1
-
-    return run
+def _commit(batch: Batch, o: list[str]) -> None:
+    batch.groups[batch.lanes] += 1
 
 
 @instruction(r"cp\.async\.wait_group")
-def _wait(o: Operands) -> Run:
-    pending = o.number(o[0])  # so many of the last groups may stay in flight
-
-    def run(batch: Batch) -> None:
-        done, in_flight = np.where(batch.mask, batch.groups - pending, 0), []
-        for lanes, where, groups, width in batch.copies:
-            landed = groups < done[lanes]
-            watch.land(batch.spaces["shared"], where[landed], lanes[landed], batch.stamps["shared"], width)
-            if not landed.all():
-                in_flight.append(Copies(lanes[~landed], where[~landed], groups[~landed], width))
-        batch.copies = in_flight
-
-    return run
+def _wait(batch: Batch, o: list[str]) -> None:
+    """All but the last groups, as many as the operand says, have arrived."""
+    done, in_flight = np.where(batch.mask, batch.groups - batch.number(o[0]), 0), []
+    for lanes, where, groups, width in batch.copies:
+        landed = groups < done[lanes]
+        watch.land(batch.spaces["shared"], where[landed], lanes[landed], batch.stamps["shared"], width)
+        if not landed.all():
+            in_flight.append(Copies(lanes[~landed], where[~landed], groups[~landed], width))
+    batch.copies = in_flight
 
 
 # Where to go on
 
 
 @instruction(r"bra(?:\.uni)?")
-def _bra(o: Operands) -> Run:
-    if o[0] not in o.kernel.labels:
-        raise o.unsupported(f"there is no label {o[0]}")
-    target = o.kernel.labels[o[0]]
-    return lambda batch: target
+def _bra(batch: Batch, o: list[str]) -> int:
+    if o[0] not in batch.launch.kernel.labels:
+        raise batch.unsupported(f"there is no label {o[0]}")
+    return batch.launch.kernel.labels[o[0]]
 
 
 @instruction(r"ret|exit")
-def _exit(o: Operands) -> Run:
-    return lambda batch: EXITED
+def _exit(batch: Batch, o: list[str]) -> int:
+    return EXITED
 
 
 @instruction(r"bar\.sync")
-def _bar(o: Operands) -> Run:
-    if len(o.texts) > 1:
-        raise o.unsupported("a barrier for a part of the block is not modelled")
-    return lambda batch: batch.wait()
+def _bar(batch: Batch, o: list[str]) -> int:
+    if len(o) > 1:
+        raise batch.unsupported("a barrier for a part of the block is not modelled")
+    return batch.wait()
 
 
 # Warps
 
 
 @instruction(r"bar\.warp\.sync")
-def _warp_sync(o: Operands) -> Run:
-    members = o.read(o[0], "b32")
-
-    def run(batch: Batch) -> None:
-        batch.whole_warps(members(batch))
-        batch.pass_warp_barrier()
-
-    return run
+def _warp_sync(batch: Batch, o: list[str]) -> None:
+    batch.whole_warps(o[0])
+    batch.pass_warp_barrier()
 
 
 @instruction(r"shfl\.sync\.idx\.b32")
-def _shfl(o: Operands) -> Run:
-    """d | p: whether the lane that is read lies in its segment of the warp; if not, a thread reads itself."""
-    targets = [o.register(name.strip()) for name in o[0].split("|")]
-    value, index, limits, members = (o.read(text, "b32") for text in o.texts[1:])
-    lane = np.arange(WARP)
-
-    def run(batch: Batch) -> None:
-        batch.whole_warps(members(batch))
-        wanted, limit = (batch.by_warp(x(batch)).astype(i64) for x in (index, limits))
-        segment = limit >> 8 & 31
-        source, last = lane & segment | wanted & 31 & ~segment, lane & segment | limit & 31 & ~segment
-        inside = source <= last
-        chosen = np.where(inside, source, lane)
-        results = np.take_along_axis(batch.by_warp(value(batch)), chosen, axis=1), inside
-        for target, result in zip(targets, results):
-            batch.set(target, result.ravel())
-
-    return run
+def _shfl(batch: Batch, o: list[str]) -> None:
+    """d | p, value, lane, 31, member mask; p: whether the lane exists."""
+    batch.whole_warps(o[4])
+    if (batch.active(batch.read(o[3], "b32")) != WARP - 1).any():
+        raise batch.unsupported("a segment of a warp is not modelled")
+    value, lanes = (batch.by_warp(batch.read(text, "b32")) for text in o[1:3])
+    result, exists = np.take_along_axis(value, (lanes % WARP).astype(i64), axis=1), np.ones(1, bool)
+    for name, register in zip(o[0].split("|"), (result.ravel(), exists)):
+        batch.set(name.strip(), register)
 
 
-def over_warps(combine: Any, kind: str, o: Operands) -> Run:
+def over_warps(combine: Any, kind: str, batch: Batch, o: list[str]) -> None:
     """d, a, member mask: d is the same for all of a warp."""
-    target, value, members = o.register(o[0]), o.read(o[1], kind), o.read(o[2], "b32")
-
-    def run(batch: Batch) -> None:
-        batch.whole_warps(members(batch))
-        batch.set(target, combine.reduce(batch.by_warp(value(batch)), axis=1).repeat(WARP))
-
-    return run
+    batch.whole_warps(o[2])
+    batch.set(o[0], combine.reduce(batch.by_warp(batch.read(o[1], kind)), axis=1).repeat(WARP))
 
 
 RULES[r"vote\.sync\.any\.pred"] = partial(over_warps, np.logical_or, "pred")
@@ -554,21 +387,16 @@ RULES[r"redux\.sync\.or\.b32"] = partial(over_warps, np.bitwise_or, "b32")
 
 
 @instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
-def _ldmatrix(o: Operands, count: str) -> Run:
+def _ldmatrix(batch: Batch, o: list[str], count: str) -> None:
     """Lane 8j + i gives the address of row i of matrix j; lane 4g + t gets elements 2t, 2t + 1 of row g."""
-    matrices, addresses = int(count), o.address(o[1])
-    numbers = o.registers(o[0], matrices)
-
-    def run(batch: Batch) -> None:
-        batch.whole_warps()
-        giving = np.arange(len(batch.lanes)).reshape(-1, WARP)[:, : 8 * matrices].ravel()
-        rows = np.empty((len(giving), 16), u8)
-        batch.access(watch.READ, "reads", "shared", addresses(batch)[giving], rows, batch.lanes[giving])
-        tiles = rows.view(u32).reshape(-1, matrices, 32)
-        for j, number in enumerate(numbers):
-            batch.set_active(number, tiles[:, j].ravel())
-
-    return run
+    batch.whole_warps()
+    matrices = int(count)
+    giving = np.arange(len(batch.lanes)).reshape(-1, WARP)[:, : 8 * matrices].ravel()
+    rows = np.empty((len(giving), 16), u8)
+    batch.access(watch.READ, "reads", "shared", batch.addresses(o[1])[giving], rows, batch.lanes[giving])
+    tiles = rows.view(u32).reshape(-1, matrices, WARP)
+    for j, name in enumerate(batch.names(o[0], matrices)):
+        batch.set(name, tiles[:, j].ravel())
 
 
 # Tensor cores. A register holds eight codes or two halves along K. Lane 4g + t has rows (of B: columns) g and
@@ -617,52 +445,45 @@ def codes_in(registers: Array) -> Array:
     return (registers[..., None] >> np.arange(0, 32, 4, dtype=u32) & u32(15)).astype(u8)
 
 
-def mma(o: Operands, cut: Callable[[Array], Array], multiply: Callable[..., Array]) -> Run:
-    """D, A, B, C: `multiply` gets rows of A and B, cut in pieces, C and the batch."""
-    numbers = o.registers(o[0], 4)
-    operands = o.reads(o[1], "b32", 4), o.reads(o[2], "b32", 2), o.reads(o[3], "b32", 4)
-
-    def run(batch: Batch) -> None:
-        batch.whole_warps()
-        a, b, c = ([over_lanes(batch, read) for read in reads] for reads in operands)
-        rows, columns = rows_of_a([cut(x) for x in a]), rows_of_b([cut(x) for x in b])
-        d = multiply(rows, columns, matrix_of_c(c).view(f32), batch)
-        for number, result in zip(numbers, registers_of_d(d)):
-            batch.set_active(number, result)
-
-    return run
+def over_lanes(batch: Batch, text: str, count: int) -> list[Array]:
+    """Operands over the (warps, 8, 4) lanes of whole warps."""
+    values = batch.reads(text, "b32", count)
+    return [np.ascontiguousarray(batch.active(value)).reshape(-1, 8, 4) for value in values]
 
 
-def over_lanes(batch: Batch, read: Read) -> Array:
-    """An operand over the (warps, 8, 4) lanes of whole warps."""
-    return np.ascontiguousarray(batch.active(read(batch))).reshape(-1, 8, 4)
+def mma(batch: Batch, o: list[str], cut: Callable[[Array], Array], multiply: Callable[..., Array]) -> None:
+    """D, A, B, C: `multiply` gets A and B, their registers cut in pieces, and C."""
+    batch.whole_warps()
+    a = rows_of_a([cut(x) for x in over_lanes(batch, o[1], 4)])
+    b = rows_of_b([cut(x) for x in over_lanes(batch, o[2], 2)])
+    d = multiply(a, b, matrix_of_c(over_lanes(batch, o[3], 4)).view(f32))
+    for name, register in zip(batch.names(o[0], 4), registers_of_d(d)):
+        batch.set(name, register)
 
 
 @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
-def _mma_half(o: Operands, kind: str) -> Run:
+def _mma_half(batch: Batch, o: list[str], kind: str) -> None:
     widths, bits = (FP16, np.int16) if kind == "f16.f16" else (BF16, u16)
-    return mma(o, halves_in, lambda a, b, c, batch: half_warps(a.view(bits), b.view(bits), c, widths))
+    mma(batch, o, halves_in, lambda a, b, c: half_warps(a.view(bits), b.view(bits), c, widths))
 
 
 @instruction(
     r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale\.scale_vec::4X"
     r"\.f32\.e2m1\.e2m1\.f32\.ue4m3"
 )
-def _mma_nvfp4(o: Operands) -> Run:
+def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
     """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}."""
-    if len(o.texts) != 8:
-        raise o.unsupported("it takes 8 operands")
-    scales_a, selector_a, scales_b, selector_b = o.texts[4:]
-    scales = *o.reads(scales_a, "b32", 1), *o.reads(scales_b, "b32", 1)
-    selectors = (o.names(selector, 2) for selector in (selector_a, selector_b))
-    (byte_a, thread_a), (byte_b, thread_b) = ([o.number(text) for text in texts] for texts in selectors)
+    if len(o) != 8:
+        raise batch.unsupported("it takes 8 operands")
+    scales_a, selector_a, scales_b, selector_b = o[4:]
+    byte_a, thread_a = (batch.number(text) for text in batch.names(selector_a, 2))
+    byte_b, thread_b = (batch.number(text) for text in batch.names(selector_b, 2))
     if byte_a or byte_b or thread_a not in range(2) or thread_b not in range(4):
-        raise o.unsupported("with 4X the byte is 0, the thread of A's scales 0 or 1, of B's 0 to 3")
+        raise batch.unsupported("with 4X the byte is 0, the thread of A's scales 0 or 1, of B's 0 to 3")
 
-    def multiply(a: Array, b: Array, c: Array, batch: Batch) -> Array:
-        of_a, of_b = (over_lanes(batch, read) for read in scales)
-        sfa, sfb = scales_of_a(of_a, thread_a), scales_of_b(of_b, thread_b)
-        sfa, sfb = (x.view(u8).reshape(len(x), -1, 4) for x in (sfa, sfb))
-        return nvfp4_warps(a, b, sfa, sfb, c)
+    def multiply(a: Array, b: Array, c: Array) -> Array:
+        (of_a,), (of_b,) = over_lanes(batch, scales_a, 1), over_lanes(batch, scales_b, 1)
+        scales = scales_of_a(of_a, thread_a), scales_of_b(of_b, thread_b)
+        return nvfp4_warps(a, b, *(x.view(u8).reshape(len(x), -1, 4) for x in scales), c)
 
-    return mma(o, codes_in, multiply)
+    mma(batch, o, codes_in, multiply)

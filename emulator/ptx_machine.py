@@ -4,7 +4,7 @@ The threads at the lowest program counter run, up to the next one at which other
 branch meet again behind it. Every instruction sees the same order on every run.
 """
 
-from collections import ChainMap
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -64,10 +64,13 @@ FINDINGS = {
 
 
 class Statement(NamedTuple):
+    guard: str  # a predicate, or nothing
+    opcode: str
+    operands: list[str]
+    registers: dict[str, int]  # their numbers, by the names that the operands have
     text: str
     line: int  # in the PTX
     source: str  # file:line of the CUDA source, if it was compiled with -lineinfo
-    registers: ChainMap[str, int]  # the names that it sees → numbers
 
 
 @dataclass
@@ -81,7 +84,6 @@ class Kernel:
     types: list[str] = field(default_factory=list)  # of the registers, by number
     arrays: dict[str, tuple[int, int]] = field(default_factory=dict)  # in shared memory: address, bytes
     most_threads: int = 1024
-    code: list["Instruction"] = field(default_factory=list)  # filled at the first launch
 
     def place(self, name: str, size: int, alignment: int) -> None:
         """An array in shared memory, behind the others with a gap, so that a step too far is noticed. One
@@ -92,6 +94,7 @@ class Kernel:
 
 class Launch(NamedTuple):
     kernel: Kernel
+    code: list[Callable[["Batch", list[str]], int | None]]  # of the statements
     grid: Dim
     block: Dim
     arguments: dict[str, Array]  # of one element
@@ -146,7 +149,7 @@ class Batch:
 
     def run(self) -> None:
         """Until every thread has exited."""
-        code = self.launch.kernel.code
+        statements = self.launch.kernel.statements
         while True:
             ready = np.where(self.waiting, EXITED, self.pc)
             at = int(ready.min())
@@ -158,25 +161,27 @@ class Batch:
             self.activate(ready == at)
             stop = int(ready[~self.mask].min(initial=EXITED))
             while SPLIT < at < stop:
-                self.at, instruction = at, code[at]
+                self.at, self.statement = at, statements[at]
                 self.steps += 1
                 if self.steps > MOST_STEPS:
                     self.fail(PtxError, int(self.lanes[0]), f"still runs after {MOST_STEPS} instructions")
-                to = self.guarded(instruction) if instruction.guard else instruction.run(self)
+                to = self.guarded() if self.statement.guard else self.execute()
                 at = at + 1 if to is None else to
             if at != SPLIT:
                 self.pc[self.lanes] = at
 
-    def guarded(self, instruction: "Instruction") -> int | None:
+    def execute(self) -> int | None:
+        return self.launch.code[self.at](self, self.statement.operands)
+
+    def guarded(self) -> int | None:
         """Run it in those active threads whose guard predicate holds."""
-        assert instruction.guard
         before, lanes = self.mask, self.lanes
-        mask = before & instruction.guard(self)
+        mask = before & self.read(self.statement.guard, "pred")
         if not mask.any():
             return None
         self.pc[lanes] = self.at + 1
         self.activate(mask)
-        to = instruction.run(self)
+        to = self.execute()
         if to is None:
             self.activate(before)
         elif to != SPLIT and len(self.lanes) < len(lanes):
@@ -184,22 +189,77 @@ class Batch:
             return SPLIT
         return to
 
-    # Registers. Their arrays are never changed, only replaced: several registers may share one.
+    # Operands. Arrays of registers are never changed, only replaced: several registers may share one.
 
-    def set(self, number: int, value: Array) -> None:
-        """A register's new value in the active threads; `value` is over all threads, or one for all."""
+    def unsupported(self, why: str) -> Unsupported:
+        return Unsupported(f"{self.where()}\n{why}.")
+
+    def names(self, text: str, count: int) -> list[str]:
+        """{a, b, …} or a"""
+        names = [name.strip() for name in text.strip("{}").split(",")]
+        if len(names) != count:
+            raise self.unsupported(f"{text} must be {count} operands")
+        return names
+
+    def reads(self, text: str, kind: str, count: int) -> list[Array]:
+        return [self.read(name, kind) for name in self.names(text, count)]
+
+    def read(self, text: str, kind: str) -> Array:
+        """An operand as this type: over all threads, or one value for all."""
+        if text.startswith("!"):
+            return ~self.read(text[1:], kind)
+        number, dtype = self.statement.registers.get(text), DTYPES[kind]
+        if number is None:
+            return self.constant(text, kind)
+        value = self.registers[number]
+        if value.dtype == dtype:
+            return value
+        if value.itemsize < dtype.itemsize or bool in (value.dtype, dtype):
+            raise self.unsupported(f"{text} is .{self.launch.kernel.types[number]}; .{kind} does not fit")
+        return (value if value.itemsize == dtype.itemsize else value.astype(stored(kind))).view(dtype)
+
+    def constant(self, text: str, kind: str) -> Array:
+        """A special register, the address of an array in shared memory, a number."""
+        if text in self.special:
+            return self.special[text].astype(DTYPES[kind], copy=False)
+        arrays = self.launch.kernel.arrays
+        value = arrays[text][0] if text in arrays else self.number(text)
+        return np.array([value & (1 << bits_in_type(kind)) - 1], stored(kind)).view(DTYPES[kind])
+
+    def number(self, text: str) -> int:
+        """An integer, or the bits of a float32."""
+        try:
+            return int(text[2:], 16) if text[:2] in ("0f", "0F") else int(text.removesuffix("U"), 0)
+        except ValueError:
+            raise self.unsupported(f"{text} is not a register, a shared array or a number") from None
+
+    def addresses(self, text: str) -> Array:
+        """[register + offset] or [array + offset] → the addresses of the active threads."""
+        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]", text)
+        if match is None:
+            raise self.unsupported(f"{text} is not an address")
+        number = self.statement.registers.get(match[1])
+        kind = "u32" if number is None else self.launch.kernel.types[number]
+        wrap = (1 << min(bits_in_type(kind), 63)) - 1  # those of 32 bits go round
+        return (self.active(self.read(match[1], kind)).astype(np.int64) + int(match[2] or 0)) & wrap
+
+    def set(self, name: str, value: Array) -> None:
+        """A register's new value in the active threads; `value` is over all threads, over the active ones, or
+        one for all. `_` takes what nobody wants."""
+        if name == "_":
+            return
+        if name not in self.statement.registers:
+            raise self.unsupported(f"{name} is not a register")
+        number = self.statement.registers[name]
         old = self.registers[number]
         value = as_bits(value, old.dtype)
-        if not self.everyone:
-            value = np.where(self.mask, value, old)
-        elif len(value) != self.size:
-            value = np.broadcast_to(value, self.size)
-        self.registers[number] = value
-
-    def set_active(self, number: int, value: Array) -> None:
-        """The same, `value` over the active threads."""
-        whole = self.registers[number].copy()
-        whole[self.lanes] = as_bits(value, whole.dtype)
+        if len(value) not in (1, self.size):
+            whole = old.copy()
+            whole[self.lanes] = value
+        elif self.everyone:
+            whole = np.broadcast_to(value, self.size)
+        else:
+            whole = np.where(self.mask, value, old)
         self.registers[number] = whole
 
     def active(self, value: Array) -> Array:
@@ -214,10 +274,10 @@ class Batch:
 
     # Warps and barriers
 
-    def whole_warps(self, members: Array | None = None) -> None:
+    def whole_warps(self, members: str = "-1") -> None:
         """The active threads must be whole warps, and so must the member masks that they give."""
-        if members is not None and (self.active(members) != 0xFFFFFFFF).any():
-            raise Unsupported(f"{self.where()}\nA member mask for a part of a warp is not modelled.")
+        if (self.active(self.read(members, "b32")) != 0xFFFFFFFF).any():
+            raise self.unsupported("a member mask for a part of a warp is not modelled")
         missing = self.by_warp(self.mask).any(axis=1).repeat(WARP) & ~self.mask
         if missing.any():
             self.fail(Divergence, int(missing.argmax()), "is not there, and its whole warp must be")
@@ -283,17 +343,12 @@ class Batch:
 
     def where(self) -> str:
         s, name = self.launch.kernel.statements[self.at], self.launch.kernel.name
-        return f"{name}, PTX line {s.line}{', ' * bool(s.source)}{s.source}: {' '.join(s.text.split())}"
+        return f"{name}, PTX line {s.line}{', ' * bool(s.source)}{s.source}: {s.text}"
 
     def fail(self, kind: type[PtxError], thread: int, what: str) -> None:
         t = coordinates(int(self.thread[thread]), self.launch.block)
         b = coordinates(int(self.block[thread]), self.launch.grid)
         raise kind(f"{self.where()}\nThread {t} of block {b}, lane {thread % WARP} of its warp, {what}.")
-
-
-class Instruction(NamedTuple):
-    run: Callable[[Batch], int | None]  # → number of the next instruction, if it is not the one that follows
-    guard: Callable[[Batch], Array] | None
 
 
 def coordinates(number: int, size: Dim) -> Dim:
