@@ -172,7 +172,7 @@ class Text:
             self.names = self.names.parents
             if self.kernel and len(self.names.maps) == 1:
                 self.kernel.statements.append(Statement("", "exit", [], {}, "}", line, self.source))
-                for array in self.shared:
+                for array in sorted(self.shared, key=lambda array: array[1] == 0):
                     self.kernel.place(*array)
                 self.kernel = None
         elif match["label"] and self.kernel:

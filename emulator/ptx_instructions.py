@@ -139,11 +139,9 @@ def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
 
 def permute(a: Array, b: Array, selectors: Array) -> Array:
     """Four bytes of the eight in a and b; the highest bit of a selector asks for the byte's sign only."""
-    bytes_ = np.stack(np.broadcast_arrays(a, b), axis=-1).view(u8)
+    a, b, selectors = np.broadcast_arrays(a, b, selectors)
+    bytes_ = np.stack([a, b], axis=-1).view(u8)
     chosen = selectors[:, None] >> np.arange(0, 16, 4, dtype=u32) & u32(15)
-    bytes_, chosen = (
-        np.broadcast_to(x, (max(len(bytes_), len(chosen)), x.shape[1])) for x in (bytes_, chosen)
-    )
     picked = np.take_along_axis(bytes_, (chosen & u32(7)).astype(i64), axis=1)
     return np.where(chosen & u32(8), np.where(picked > 127, u8(0xFF), u8(0)), picked).view(u32)[:, 0]
 
@@ -269,7 +267,7 @@ WHERE = r"(global|shared)(?:\.v([24]))?\.([bsuf](?:8|16|32|64))"
 def _ld(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -> None:
     names, dtype = batch.names(o[0], int(vector or 1)), DTYPES[kind]
     values = np.empty((len(batch.lanes), dtype.itemsize * len(names)), u8)
-    batch.access(watch.READ, "reads", space, batch.addresses(o[1]), values)
+    batch.access(watch.READ, space, batch.lanes, batch.addresses(o[1]), values)
     for name, column in zip(names, values.view(dtype).T):
         batch.set(name, np.ascontiguousarray(column))
 
@@ -277,7 +275,7 @@ def _ld(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -
 @instruction(rf"st(?:\.volatile)?\.{WHERE}")
 def _st(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -> None:
     values = np.stack([batch.active(x) for x in batch.reads(o[1], kind, int(vector or 1))], axis=1).view(u8)
-    batch.access(watch.WRITE, "writes", space, batch.addresses(o[0]), values)
+    batch.access(watch.WRITE, space, batch.lanes, batch.addresses(o[0]), values)
 
 
 @instruction(r"atom(?:\.relaxed\.gpu)?\.global\.max\.u32")
@@ -287,9 +285,9 @@ def _atom(batch: Batch, o: list[str]) -> None:
     before = np.empty_like(values)
     for i in range(len(where)):
         one, old = slice(i, i + 1), before[i : i + 1].view(u8).reshape(1, 4)
-        batch.access(watch.READ, "updates", "global", where[one], old, batch.lanes[one])
+        batch.access(watch.READ, "global", batch.lanes[one], where[one], old)
         new = np.maximum(before[one], values[one]).view(u8).reshape(1, 4)
-        batch.access(watch.ATOMIC, "updates", "global", where[one], new, batch.lanes[one])
+        batch.access(watch.ATOMIC, "global", batch.lanes[one], where[one], new)
     batch.set(o[0], before)
 
 
@@ -309,9 +307,9 @@ def _cp_async(batch: Batch, o: list[str], cache: str) -> None:
     for size in np.unique(sizes[sizes > 0]):
         chosen = sizes == size
         part, lanes = np.empty((np.count_nonzero(chosen), size), u8), batch.lanes[chosen]
-        batch.access(watch.READ, "copies", "global", source[chosen], part, lanes, width)
+        batch.access(watch.READ, "global", lanes, source[chosen], part, width)
         values[chosen, :size] = part
-    batch.access(watch.COPY, "copies to", "shared", to, values)
+    batch.access(watch.COPY, "shared", batch.lanes, to, values)
     batch.copies.append(Copies(batch.lanes, to, batch.groups[batch.lanes], width))
 
 
@@ -393,7 +391,7 @@ def _ldmatrix(batch: Batch, o: list[str], count: str) -> None:
     matrices = int(count)
     giving = np.arange(len(batch.lanes)).reshape(-1, WARP)[:, : 8 * matrices].ravel()
     rows = np.empty((len(giving), 16), u8)
-    batch.access(watch.READ, "reads", "shared", batch.addresses(o[1])[giving], rows, batch.lanes[giving])
+    batch.access(watch.READ, "shared", batch.lanes[giving], batch.addresses(o[1])[giving], rows)
     tiles = rows.view(u32).reshape(-1, matrices, WARP)
     for j, name in enumerate(batch.names(o[0], matrices)):
         batch.set(name, tiles[:, j].ravel())

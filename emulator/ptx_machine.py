@@ -61,6 +61,7 @@ FINDINGS = {
     watch.WAS_WRITTEN: (Race, "{other} wrote byte {byte} of it, and no barrier lies in between"),
     watch.WAS_READ: (Race, "{other} read byte {byte} of it, and no barrier lies in between"),
 }
+VERBS = {watch.READ: "reads", watch.WRITE: "writes", watch.ATOMIC: "updates", watch.COPY: "copies to"}
 
 
 class Statement(NamedTuple):
@@ -314,18 +315,11 @@ class Batch:
     # Memory
 
     def access(
-        self,
-        how: int,
-        verb: str,
-        space: str,
-        addresses: Array,
-        values: Array,
-        lanes: Array | None = None,
-        alignment: int = 0,
+        self, how: int, space: str, lanes: Array, addresses: Array, values: Array, alignment: int = 0
     ) -> None:
-        """Read into or write values, (active threads or `lanes`, bytes); stop at what the watch finds."""
-        width, lanes = values.shape[1], self.lanes if lanes is None else lanes
-        alignment, now = alignment or width, self.stamps[space]
+        """Read into or write values, (lanes, bytes); stop at what the watch finds."""
+        width, now = values.shape[1], self.stamps[space]
+        alignment = alignment or width
         found = watch.access(self.spaces[space], addresses, lanes, now, values, alignment, how)
         finding, i, byte, stamp = found
         if finding == watch.FINE:
@@ -338,7 +332,7 @@ class Batch:
         elif thread == self.thread[lanes[i]]:
             other = "another thread of its block"
         reason = reason.format(byte=byte, alignment=alignment, other=other)
-        what = f"{verb} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"
+        what = f"{VERBS[how]} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"
         self.fail(kind, int(lanes[i]), what)
 
     def where(self) -> str:

@@ -144,7 +144,7 @@ FINDINGS = {
     "a copy from beyond the end": (
         "__shared__ int s[64]; copy(s + i, x + i BUG(+ 1)); wait_all(); y[i] = s[i];",
         BadAccess,
-        "copies 4 bytes of global memory .* out of bounds",
+        "reads 4 bytes of global memory .* out of bounds",
     ),
     # barriers and warps
     "a barrier for a half of a warp": (

@@ -95,7 +95,7 @@ def test_atomic_operations_of_blocks_and_what_they_need():
     module, memory = compiled(source), Memory()
     y = memory.upload(np.zeros(1, np.uint32))
     module.launch("k", (3, 1, 1), (32, 1, 1), [y], memory)  # the last block may reset what others count
-    with pytest.raises(Uninitialized, match=r"updates 4 bytes .* never written"):
+    with pytest.raises(Uninitialized, match=r"reads 4 bytes .* never written"):
         module.launch("k", (1, 1, 1), (32, 1, 1), [memory.empty(4)], memory)
 
 
