@@ -1,507 +1,400 @@
-"""One statement of PTX → one function that runs it. Here: operands, and every instruction that does more than
-compute a register from others (that is ptx_arithmetic.py): memory, branches, barriers, warps, tensor cores.
+"""What each PTX instruction does to a batch of threads. Source: PTX ISA 9, chapter Instruction Set.
 
-A rule is a pattern that the opcode must match as a whole, so that no modifier is passed over.
+A rule is a pattern that an opcode must match as a whole, so that a modifier nobody thought of is unknown here
+and not ignored. What computes a register from others, thread by thread, is one line of ELEMENTWISE; below it
+are memory, branches, barriers, warps and tensor cores.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
 from . import ptx_memory as watch
-from .formats import f32, u8, u32
-from .ptx_arithmetic import DTYPES, Operation, bits_in_type, operation, u16, u64
-from .ptx_machine import (
-    EXITED,
-    WARP,
-    WINDOWS,
-    Array,
-    BadAccess,
-    Batch,
-    Copies,
-    Divergence,
-    one_bits,
-    pieces,
-    stored,
-)
-from .ptx_text import Kernel, PtxError, Statement, Unsupported, number_in
+from .formats import MAGNITUDE, NAN, SIGN, encode_e2m1_flat, encode_e4m3_flat, f32, f64, u8, u32
+from .ptx_machine import DTYPES, EXITED, WARP, Array, BadAccess, Batch, Copies, bits_in_type
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
-Run = Callable[[Batch], int | None]  # → number of the instruction to go on with, if it is not the next one
-Read = Callable[[Batch], Array]  # an operand over all threads, or one value for all
-
-
-class Instruction(NamedTuple):
-    run: Run
-    guard: Read | None
-
-
-RULES: list[tuple[re.Pattern[str], Callable[..., Run]]] = []
+f16, u16, u64, i64 = np.float16, np.uint16, np.uint64, np.int64
+RULES: dict[str, Callable[..., int | None]] = {}
 
 
 def instruction(pattern: str) -> Callable:
-    """Use the function below for opcodes that match; it gets the Operands and the groups."""
+    """Use the function below for opcodes that match. It gets the batch, the operands and the groups; it
+    returns the number of the statement to go on with, if it is not the next one."""
 
-    def register(build: Callable[..., Run]) -> Callable[..., Run]:
-        RULES.append((re.compile(pattern), build))
-        return build
+    def register(function: Callable) -> Callable:
+        RULES[pattern] = function
+        return function
 
     return register
 
 
-def decode(kernel: Kernel, statement: Statement) -> Instruction:
-    """Raises Unsupported for an opcode, a modifier or an operand that is not known."""
-    match = re.fullmatch(r"(?:@(!?[%\w$]+)\s+)?([\w.:]+)\s*(.*)", statement.text, re.DOTALL)
-    if match is None:
-        raise Unsupported(f"{kernel.name}, PTX line {statement.line}: {statement.text!r} is no instruction.")
-    guard, opcode, operands = match.groups()
-    parts = re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", operands)
-    o = Operands(kernel, statement, [part.strip() for part in parts])
-    return Instruction(o.run(opcode), o.read(guard, "pred") if guard else None)
+@cache
+def meaning(opcode: str) -> Callable[..., int | None] | None:
+    """A function of batch and operands; None for an opcode or a modifier that is not known."""
+    for pattern, function in RULES.items():
+        if match := re.fullmatch(pattern, opcode):
+            groups = match.groups()
+            return lambda batch, operands: function(batch, operands, *groups)
+    return None
 
 
-class Operands:
-    """Of one statement."""
+# Floating point: every result is the exact one, rounded once
 
-    def __init__(self, kernel: Kernel, statement: Statement, texts: list[str]) -> None:
-        self.kernel, self.statement, self.texts = kernel, statement, texts
 
-    def __getitem__(self, i: int) -> str:
-        if i >= len(self.texts):
-            raise self.unsupported("an operand is missing")
-        return self.texts[i]
+def one_nan(x: Array) -> Array:
+    """x, a new array, its NaNs those that the hardware returns."""
+    return np.where(np.isnan(x), (NAN if x.dtype == f32 else u16(0x7FFF)).view(x.dtype), x)
 
-    def unsupported(self, why: str) -> Unsupported:
-        s = self.statement
-        return Unsupported(f"{self.kernel.name}, PTX line {s.line} {s.source}: {s.text}\n{why}.")
 
-    def run(self, opcode: str) -> Run:
-        for pattern, build in RULES:
-            if match := pattern.fullmatch(opcode):
-                return build(self, *match.groups())
-        found = operation(opcode)
-        if found is None:
-            raise self.unsupported(f"{opcode} is an opcode, or has a modifier, that is not known here")
-        return self.elementwise(found)
+def exact_sum(a: Array, b: Array) -> Array:
+    """float64 a + b; the last bit is odd if some were cut off (the error comes from Knuth's TwoSum), so that
+    rounding it to float32, in any direction, rounds the exact sum (Boldo and Melquiond 2008)."""
+    s = a + b
+    t = s - a
+    error = (a - (s - t)) + (b - t)
+    bits = s.view(i64)
+    toward_zero = bits - ((error < 0) != (s < 0))
+    return np.where((error != 0) & np.isfinite(s), toward_zero | 1, bits).view(f64)
 
-    def elementwise(self, found: Operation) -> Run:
-        function = found.function
-        if len(self.texts) != 1 + len(found.sources):
-            raise self.unsupported(f"it takes {1 + len(found.sources)} operands")
-        target = self.register(self[0])
-        reads = [self.read(text, kind) for text, kind in zip(self.texts[1:], found.sources)]
-        if len(reads) == 1:
-            (a,) = reads
-            return lambda batch: batch.set(target, function(a(batch)))
-        if len(reads) == 2:
-            a, b = reads
-            return lambda batch: batch.set(target, function(a(batch), b(batch)))
-        return lambda batch: batch.set(target, function(*[read(batch) for read in reads]))
 
-    def find(self, name: str) -> int | None:
-        """A register by the name that it has in the innermost braces."""
-        scope = self.statement.scope
-        found = (self.kernel.registers.get((scope[:depth], name)) for depth in range(len(scope), 0, -1))
-        return next((number for number in found if number is not None), None)
+def rounded(x: Array, rounding: str) -> Array:
+    """float64 → float32: rn to nearest even, rz toward zero, rp up."""
+    nearest = x.astype(f32)
+    if rounding == "rz":
+        nearest = np.where(np.abs(nearest) > np.abs(x), np.nextafter(nearest, f32(0)), nearest)
+    if rounding == "rp":
+        nearest = np.where(nearest < x, np.nextafter(nearest, f32(np.inf)), nearest)
+    return one_nan(nearest)
 
-    def register(self, name: str) -> int:
-        number = self.find(name)
-        if number is None:
-            raise self.unsupported(f"{name} is not a register")
-        return number
 
-    def registers(self, text: str, count: int | None = None) -> list[int | None]:
-        """{a, b, …} or a → numbers; None for _."""
-        names = [name.strip() for name in text.strip("{}").split(",")]
-        if count and len(names) != count:
-            raise self.unsupported(f"{text} must be {count} registers")
-        return [None if name == "_" else self.register(name) for name in names]
+def fma(rounding: str, a: Array, b: Array, c: Array) -> Array:
+    """The product of two float32 is exact in float64."""
+    return rounded(exact_sum(a.astype(f64) * b.astype(f64), c.astype(f64)), rounding)
 
-    def read(self, text: str, kind: str) -> Read:
-        """→ function that gives the operand as this type."""
-        if kind == "pred" and text.startswith("!"):
-            inner = self.read(text[1:], kind)
-            return lambda batch: ~inner(batch)
-        number = self.find(text)
-        if number is None:
-            return self.constant(text, kind)
-        dtype, declared = np.dtype(DTYPES[kind]), self.kernel.types[number]
-        if bits_in_type(declared) < bits_in_type(kind) or (kind == "pred") != (declared == "pred"):
-            raise self.unsupported(f"{text} is .{declared}; .{kind} does not fit")
-        if kind.endswith("x2"):
-            return lambda batch: np.ascontiguousarray(batch.registers[number]).view(dtype).reshape(-1, 2)
-        if stored(declared) == dtype:
-            return lambda batch: batch.registers[number]
-        if stored(declared).itemsize == dtype.itemsize:
-            return lambda batch: batch.registers[number].view(dtype)
-        low = stored(kind)
-        return lambda batch: batch.registers[number].astype(low).view(dtype)
 
-    def reads(self, text: str, kind: str, count: int | None = None) -> list[Read]:
-        names = [name.strip() for name in text.strip("{}").split(",")]
-        if count and len(names) != count:
-            raise self.unsupported(f"{text} must be {count} operands")
-        return [self.read(name, kind) for name in names]
+def float_of_s64(a: Array) -> Array:
+    """Toward zero: the sum of two halves that float64 has."""
+    return rounded(exact_sum((a >> 32) * 2.0**32, (a & 0xFFFFFFFF).astype(f64)), "rz")
 
-    def constant(self, text: str, kind: str) -> Read:
-        """A special register, the address of a variable, a number."""
-        bits, dtype = bits_in_type(kind), np.dtype(DTYPES[kind])
-        if re.fullmatch(r"%n?(tid|ctaid)\.[xyz]|%laneid|%warpid", text):
-            return lambda batch: batch.special[text].astype(dtype, copy=False)
-        if text in self.kernel.symbols:
-            return lambda batch: np.array([batch.launch.addresses[text]], np.int64).astype(dtype)
-        try:
-            value = number_in(text)
-        except ValueError:
-            raise self.unsupported(f"{text} is not a register, a variable or a number") from None
-        array = np.array([value & (1 << bits) - 1], stored(kind)).view(dtype)
-        array = array.reshape(-1, 2) if kind.endswith("x2") else array
-        return lambda batch: array
 
-    def integer(self, text: str) -> int:
-        try:
-            return number_in(text)
-        except ValueError:
-            raise self.unsupported(f"{text} is not an integer") from None
+def s32_of_float(a: Array) -> Array:
+    """Beyond the integers it saturates, NaN gives 0."""
+    whole = np.clip(np.trunc(a.astype(f64)), -(2.0**31), 2.0**31 - 1)
+    return np.where(np.isnan(a), 0, whole).astype(np.int32)
 
-    def address(self, text: str) -> Read:
-        """[register + offset] or [variable + offset] → the addresses of the active threads."""
-        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]", text)
-        if match is None:
-            raise self.unsupported(f"{text} is not an address")
-        number, offset = self.find(match[1]), int(match[2] or 0)
-        kind = "u64" if number is None else self.kernel.types[number]
-        base, wrap = self.read(match[1], kind), (1 << min(bits_in_type(kind), 63)) - 1
 
-        def addresses(batch: Batch) -> Array:  # those of 32 bits go round
-            return (batch.active(base(batch)).astype(np.int64) + offset) & wrap
+def extreme(choose: Callable, sign_of_zeros: Callable, a: Array, b: Array) -> Array:
+    """min or max: the one that is a number; −0 is below +0."""
+    zeros = sign_of_zeros(a.view(u32), b.view(u32)).view(f32)
+    return one_nan(np.where((a == 0) & (b == 0), zeros, choose(a, b)))
 
-        return addresses
+
+def product_of_pairs(a: Array, b: Array) -> Array:
+    x, y = (np.ascontiguousarray(pair).view(f16).reshape(-1, 2) for pair in (a, b))
+    return np.ascontiguousarray(one_nan(x * y)).view(u32)[:, 0]
+
+
+def encoded(encode: Callable, bits: int, dtype: Any, high: Array, low: Array) -> Array:
+    """cvt.satfinite of two numbers, given as bits."""
+    codes = []
+    for x in (high, low):
+        codes.append(np.empty(len(x), u8))
+        encode(np.ascontiguousarray(x), codes[-1])
+    return codes[0].astype(dtype) << dtype(bits) | codes[1]
+
+
+# Integers and bits
+
+
+def select(a: Array, b: Array, p: Array) -> Array:
+    return np.where(p, a, b)
+
+
+def wide_product(a: Array, b: Array) -> Array:
+    dtype = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
+    return a.astype(dtype) * b.astype(dtype)
+
+
+def quotient(a: Array, b: Array) -> Array:
+    """Truncated toward zero. By zero: all bits set, as the hardware has it (PTX leaves it open)."""
+    floor = a // b
+    whole = floor + ((floor * b != a) & ((a < 0) != (b < 0)))
+    return np.where(b == 0, ~a.dtype.type(0), whole.astype(a.dtype))
+
+
+def shift(function: Callable, a: Array, n: Array) -> Array:
+    """By as many bits as there are, or more: 0, or the sign; NumPy has it like PTX."""
+    return function(a, np.minimum(n, u32(a.dtype.itemsize * 8)).astype(a.dtype))
+
+
+def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
+    position, length = (np.minimum(x & u32(0xFF), u32(32)).astype(u64) for x in (position, length))
+    mask = ((u64(1) << length) - u64(1)) << position
+    return (b & ~mask | a.astype(u64) << position & mask).astype(u32)
+
+
+def permute(a: Array, b: Array, selectors: Array) -> Array:
+    """Four bytes of the eight in a and b; the highest bit of a selector asks for the byte's sign only."""
+    a, b, selectors = np.broadcast_arrays(a, b, selectors)
+    bytes_ = np.stack([a, b], axis=-1).view(u8)
+    chosen = selectors[:, None] >> np.arange(0, 16, 4, dtype=u32) & u32(15)
+    picked = np.take_along_axis(bytes_, (chosen & u32(7)).astype(i64), axis=1)
+    return np.where(chosen & u32(8), np.where(picked > 127, u8(0xFF), u8(0)), picked).view(u32)[:, 0]
+
+
+def reverse(a: Array) -> Array:
+    bits = np.unpackbits(np.ascontiguousarray(a).view(u8).reshape(len(a), -1), axis=1, bitorder="little")
+    return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(a.dtype)[:, 0]
+
+
+def leading_zeros(a: Array) -> Array:
+    return (32 - np.frexp(a.astype(f64))[1]).astype(u32)
+
+
+# Opcode → types of the operands, and the function of arrays of the NumPy types that belong to them. t is the
+# type in the opcode. The result is stored as bits, extended if the register is longer.
+INTEGER, BITS = r"([su](?:16|32|64))", r"(b16|b32|b64|pred)"
+ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
+    rf"add\.{INTEGER}": ("t t", np.add),
+    rf"sub\.{INTEGER}": ("t t", np.subtract),
+    rf"min\.{INTEGER}": ("t t", np.minimum),
+    rf"max\.{INTEGER}": ("t t", np.maximum),
+    rf"abs\.{INTEGER}": ("t", np.abs),
+    rf"neg\.{INTEGER}": ("t", np.negative),
+    rf"mul\.lo\.{INTEGER}": ("t t", np.multiply),
+    r"mul\.hi\.(u32)": ("t t", lambda a, b: (wide_product(a, b) >> u64(32)).astype(u32)),
+    r"mul\.wide\.([su](?:16|32))": ("t t", wide_product),
+    rf"mad\.lo\.{INTEGER}": ("t t t", lambda a, b, c: a * b + c),
+    r"mad\.wide\.([su]32)": ("t t u64", lambda a, b, c: wide_product(a, b).view(u64) + c),
+    rf"div\.{INTEGER}": ("t t", quotient),
+    rf"rem\.{INTEGER}": ("t t", lambda a, b: a - quotient(a, b) * b),
+    rf"and\.{BITS}": ("t t", np.bitwise_and),
+    rf"or\.{BITS}": ("t t", np.bitwise_or),
+    rf"xor\.{BITS}": ("t t", np.bitwise_xor),
+    rf"not\.{BITS}": ("t", np.invert),
+    r"shl\.(b16|b32|b64)": ("t u32", partial(shift, np.left_shift)),
+    rf"shr\.{INTEGER}": ("t u32", partial(shift, np.right_shift)),
+    r"bfi\.b32": ("b32 b32 u32 u32", insert),
+    r"prmt\.b32": ("b32 b32 b32", permute),
+    r"brev\.b32": ("b32", reverse),
+    r"clz\.b32": ("b32", leading_zeros),
+    r"bfind\.shiftamt\.u32": ("u32", lambda a: np.where(a == 0, ~u32(0), leading_zeros(a))),
+    r"selp\.([bsuf](?:16|32|64))": ("t t pred", select),
+    r"cvta(?:\.to)?\.(?:global|shared)\.u64": ("u64", np.positive),  # nothing here takes a generic address
+    r"add\.rn\.f32": ("f32 f32", lambda a, b: one_nan(a + b)),
+    r"add\.rp\.f32": ("f32 f32", lambda a, b: rounded(exact_sum(a.astype(f64), b.astype(f64)), "rp")),
+    r"mul\.rn\.f32": ("f32 f32", lambda a, b: one_nan(a * b)),
+    r"div\.rn\.f32": ("f32 f32", lambda a, b: one_nan(a / b)),
+    r"rcp\.rn\.f32": ("f32", lambda a: one_nan(f32(1) / a)),
+    r"sqrt\.rn\.f32": ("f32", lambda a: one_nan(np.sqrt(a))),
+    r"fma\.rn\.f32": ("f32 f32 f32", partial(fma, "rn")),
+    r"fma\.rz\.f32": ("f32 f32 f32", partial(fma, "rz")),
+    r"mul\.rn\.f16x2": ("b32 b32", product_of_pairs),
+    r"min\.f32": ("f32 f32", partial(extreme, np.fmin, np.bitwise_or)),
+    r"max\.f32": ("f32 f32", partial(extreme, np.fmax, np.bitwise_and)),
+    r"abs\.f32": ("b32", lambda a: a & MAGNITUDE),
+    r"neg\.f32": ("b32", lambda a: a ^ SIGN),
+    r"copysign\.f32": ("b32 b32", lambda a, b: a & SIGN | b & MAGNITUDE),
+    r"cvt\.f32\.f16": ("f16", lambda a: one_nan(a.astype(f32))),
+    r"cvt\.rn\.f32\.s32": ("s32", lambda a: a.astype(f32)),
+    r"cvt\.rz\.f32\.s64": ("s64", float_of_s64),
+    r"cvt\.rzi\.s32\.f32": ("f32", s32_of_float),
+    r"cvt\.rn\.satfinite\.e2m1x2\.f32": ("b32 b32", partial(encoded, encode_e2m1_flat, 4, u8)),
+    r"cvt\.rn\.satfinite\.e4m3x2\.f32": ("b32 b32", partial(encoded, encode_e4m3_flat, 8, u16)),
+    r"setp\.nan\.f32": ("f32 f32", lambda a, b: np.isnan(a) | np.isnan(b)),
+    r"setp\.equ\.f32": ("f32 f32", lambda a, b: ~((a < b) | (a > b))),
+    r"setp\.neu\.f32": ("f32 f32", np.not_equal),
+}
+for _to in (16, 32, 64):
+    for _sign in "su":
+        _function = partial(np.ndarray.astype, dtype=DTYPES[f"{_sign}{_to}"])
+        ELEMENTWISE[rf"cvt\.{_sign}{_to}\.([su](?:8|16|32|64))"] = ("t", _function)
+for _name, _compare, _opposite in (
+    ("eq", np.equal, None),
+    ("ne", np.not_equal, None),
+    ("lt", np.less, np.greater_equal),
+    ("le", np.less_equal, np.greater),
+    ("gt", np.greater, np.less_equal),
+    ("ge", np.greater_equal, np.less),
+):
+    ELEMENTWISE[rf"setp\.{_name}\.([bsu](?:16|32|64))"] = ("t t", _compare)
+    if _opposite:  # with NaN a comparison is false, and true with u, "or unordered"
+        ELEMENTWISE[rf"setp\.{_name}\.f32"] = ("f32 f32", _compare)
+        ELEMENTWISE[rf"setp\.{_name}u\.f32"] = ("f32 f32", lambda a, b, no=_opposite: ~no(a, b))
+
+
+def elementwise(sources: str, function: Callable[..., Array], batch: Batch, o: list[str], *kind: str) -> None:
+    kinds = [kind[0] if source == "t" else source for source in sources.split()]
+    if len(o) != 1 + len(kinds):
+        raise batch.unsupported(f"it takes {1 + len(kinds)} operands")
+    batch.set(o[0], function(*[batch.read(text, kind) for text, kind in zip(o[1:], kinds)]))
+
+
+RULES |= {pattern: partial(elementwise, *entry) for pattern, entry in ELEMENTWISE.items()}
 
 
 # Registers and memory
 
-ORDER = r"(?:\.volatile|\.weak|\.(?:relaxed|acquire|release|acq_rel)(?:\.(?:cta|gpu|sys))?)?"
-SPACE = r"(?:\.(global|shared|const|local)(?:::cta)?)?"
-PREFETCH = r"(?:\.L2::(?:64|128|256)B)?"
-HINTS = rf"(?:\.nc)?(?:\.(?:ca|cg|cs|lu|cv|wb|wt))?(?:\.L1::\w+)?(?:\.L2::evict_\w+)?{PREFETCH}"  # speed only
-VECTOR = r"(?:\.v([248]))?\.([bsuf](?:8|16|32|64))"
-
 
 @instruction(r"mov\.([bsuf](?:16|32|64)|pred)")
-def _mov(o: Operands, kind: str) -> Run:
+def _mov(batch: Batch, o: list[str], kind: str) -> None:
     """A copy; from or to {a, b, …}, the lowest bits first."""
-    if "{" in o[1]:
-        parts = o.reads(o[1], f"b{bits_in_type(kind) // (o[1].count(',') + 1)}")
-        target, dtype = o.register(o[0]), stored(kind)
-
-        def pack(batch: Batch) -> None:
-            values = [np.broadcast_to(part(batch), batch.size) for part in parts]
-            batch.set(target, np.stack(values, axis=-1).view(dtype)[:, 0])
-
-        return pack
-    value = o.read(o[1], kind)
-    if "{" in o[0]:
-        numbers = o.registers(o[0])
-        part = stored(f"b{bits_in_type(kind) // len(numbers)}")
-
-        def unpack(batch: Batch) -> None:
-            whole = np.ascontiguousarray(value(batch))
-            for number, column in zip(numbers, whole.view(part).reshape(len(whole), -1).T):
-                if number is not None:
-                    batch.set(number, np.ascontiguousarray(column))
-
-        return unpack
-    target = o.register(o[0])
-    return lambda batch: batch.set(target, value(batch))
+    to, source = (text.count(",") + 1 for text in o)
+    if to == source == 1:
+        return batch.set(o[0], batch.read(o[1], kind))
+    values = batch.reads(o[1], f"b{bits_in_type(kind) // source}", source)
+    whole = np.stack(np.broadcast_arrays(*values), axis=-1)
+    for name, column in zip(batch.names(o[0], to), whole.view(f"u{bits_in_type(kind) // 8 // to}").T):
+        batch.set(name, np.ascontiguousarray(column))
 
 
-@instruction(r"cvta(\.to)?\.(global|shared|const|local)\.u64")
-def _cvta(o: Operands, to: str | None, space: str) -> Run:
-    target, value, window = o.register(o[0]), o.read(o[1], "u64"), u64(WINDOWS[space])
-    return lambda batch: batch.set(target, value(batch) - window if to else value(batch) + window)
+@instruction(r"ld\.param\.([bsuf](?:32|64))")
+def _ld_param(batch: Batch, o: list[str], kind: str) -> None:
+    name = o[1].strip("[]")
+    if bits_in_type(batch.launch.kernel.parameters.get(name, "pred")) != bits_in_type(kind):
+        raise batch.unsupported(f"{o[1]} is not a parameter of type .{kind}")
+    batch.set(o[0], batch.launch.arguments[name])
 
 
-@instruction(rf"ld\.param{VECTOR}")
-def _ld_param(o: Operands, vector: str | None, kind: str) -> Run:
-    match = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", o[1])
-    space, place, _ = o.kernel.symbols.get(match[1], ("", 0, 0)) if match else ("", 0, 0)
-    if match is None or space != "param":
-        raise o.unsupported(f"{o[1]} is not a parameter")
-    numbers, dtype = o.registers(o[0], int(vector or 1)), np.dtype(DTYPES[kind])
-    first = place + int(match[2] or 0)
-    part = slice(first, first + len(numbers) * dtype.itemsize)
-
-    def run(batch: Batch) -> None:
-        for number, value in zip(numbers, batch.launch.parameters[part].view(dtype)):
-            if number is not None:
-                batch.set(number, np.array([value]))
-
-    return run
+WHERE = r"(global|shared)(?:\.v([24]))?\.([bsuf](?:8|16|32|64))"
 
 
-@instruction(rf"ld{ORDER}{SPACE}{HINTS}{VECTOR}")
-def _ld(o: Operands, space: str | None, vector: str | None, kind: str) -> Run:
-    numbers, addresses, dtype = o.registers(o[0], int(vector or 1)), o.address(o[1]), np.dtype(DTYPES[kind])
-    width = dtype.itemsize * len(numbers)
-
-    def run(batch: Batch) -> None:
-        values = np.empty((len(batch.lanes), width), u8)
-        batch.access(watch.load, "reads", space, addresses(batch), values, width)
-        for number, column in zip(numbers, values.view(dtype).T):
-            batch.set_active(number, column)
-
-    return run
+@instruction(rf"ld(?:\.volatile)?\.{WHERE}")
+def _ld(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -> None:
+    names, dtype = batch.names(o[0], int(vector or 1)), DTYPES[kind]
+    values = np.empty((len(batch.lanes), dtype.itemsize * len(names)), u8)
+    batch.access(watch.READ, space, batch.lanes, batch.addresses(o[1]), values)
+    for name, column in zip(names, values.view(dtype).T):
+        batch.set(name, np.ascontiguousarray(column))
 
 
-@instruction(rf"st{ORDER}{SPACE}{HINTS}{VECTOR}")
-def _st(o: Operands, space: str | None, vector: str | None, kind: str) -> Run:
-    addresses, parts = o.address(o[0]), o.reads(o[1], kind, int(vector or 1))
-
-    def run(batch: Batch) -> None:
-        values = np.stack([batch.active(part(batch)) for part in parts], axis=1).view(u8)
-        batch.access(watch.store, "writes", space, addresses(batch), values, values.shape[1])
-
-    return run
+@instruction(rf"st(?:\.volatile)?\.{WHERE}")
+def _st(batch: Batch, o: list[str], space: str, vector: str | None, kind: str) -> None:
+    values = np.stack([batch.active(x) for x in batch.reads(o[1], kind, int(vector or 1))], axis=1).view(u8)
+    batch.access(watch.WRITE, space, batch.lanes, batch.addresses(o[0]), values)
 
 
-UPDATES: dict[str, Callable] = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "exch": lambda old, new: new,
-    "cas": lambda old, compare, new: new if old == compare else old,
-}
-
-
-@instruction(rf"(atom|red){ORDER}{SPACE}\.({'|'.join(UPDATES)})\.([bsu](?:32|64))")
-def _atom(o: Operands, result: str, space: str | None, name: str, kind: str) -> Run:
-    """One thread after the other. The hardware may choose any order, so that float sums are not for here."""
-    first = 1 if result == "atom" else 0
-    target = o.registers(o[0])[0] if first else None
-    addresses, parts = o.address(o[first]), [o.read(text, kind) for text in o.texts[first + 1 :]]
-    update, dtype = UPDATES[name], np.dtype(DTYPES[kind])
-
-    def run(batch: Batch) -> None:
-        where, values = addresses(batch), [batch.active(part(batch)) for part in parts]
-        before = np.empty(len(where), dtype)
-        for piece, chosen in pieces(space, where):
-            own, lanes = where[chosen] - (0 if space else WINDOWS[piece]), batch.lanes[chosen]
-            places, memory = np.empty(len(own), np.int64), batch.spaces[piece]
-            found = watch.reserve(memory, own, lanes, batch.now(piece), places, dtype.itemsize)
-            batch.check(found, "updates", piece, own, lanes, dtype.itemsize, dtype.itemsize)
-            cells = memory.data.view(dtype)
-            for i, place in zip(np.arange(len(where))[chosen], places // dtype.itemsize):
-                before[i] = cells[place]
-                cells[place] = update(before[i], *(value[i] for value in values))
-        batch.set_active(target, before)
-
-    return run
-
-
-@instruction(r"membar\.(?:cta|gl|sys)|fence(?:\.(?:sc|acq_rel))?\.(?:cta|gpu|sys)")
-def _fence(o: Operands) -> Run:
-    return lambda batch: None  # what is written is visible at once here; a fence alone orders no two threads
+@instruction(r"atom(?:\.relaxed\.gpu)?\.global\.max\.u32")
+def _atom(batch: Batch, o: list[str]) -> None:
+    """One thread after the other; the hardware may choose any order."""
+    where, values = batch.addresses(o[1]), batch.active(batch.read(o[2], "u32"))
+    before = np.empty_like(values)
+    for i in range(len(where)):
+        one, old = slice(i, i + 1), before[i : i + 1].view(u8).reshape(1, 4)
+        batch.access(watch.READ, "global", batch.lanes[one], where[one], old)
+        new = np.maximum(before[one], values[one]).view(u8).reshape(1, 4)
+        batch.access(watch.ATOMIC, "global", batch.lanes[one], where[one], new)
+    batch.set(o[0], before)
 
 
 # Copies from global to shared memory that arrive later
 
 
-@instruction(rf"cp\.async\.(ca|cg)\.shared(?:::cta)?\.global{PREFETCH}")
-def _cp_async(o: Operands, cache: str) -> Run:
-    """[to], [from], width {, bytes to read, the rest becomes zero | predicate, if true read none}."""
-    to, source, width = o.address(o[0]), o.address(o[1]), o.integer(o[2])
+@instruction(r"cp\.async\.(ca|cg)\.shared\.global")
+def _cp_async(batch: Batch, o: list[str], cache: str) -> None:
+    """[to], [from], width {, bytes to read: the rest becomes zero}"""
+    to, source, width = batch.addresses(o[0]), batch.addresses(o[1]), batch.number(o[2])
     if width not in ((16,) if cache == "cg" else (4, 8, 16)):
-        raise o.unsupported(f".{cache} does not copy {width} bytes")
-    limit = o.texts[3] if len(o.texts) > 3 else str(width)
-    number = o.find(limit.removeprefix("!"))
-    ignore = number is not None and o.kernel.types[number] == "pred"
-    value = o.read(limit, "pred" if ignore else "u32")
-
-    def run(batch: Batch) -> None:
-        sizes = batch.active(value(batch)).astype(np.int64)
-        sizes = width * (1 - sizes) if ignore else sizes
-        if (sizes > width).any():
-            batch.fail(BadAccess, batch.lanes[sizes.argmax()], f"copies {sizes.max()} bytes into {width}")
-        values, origin, where = np.zeros((len(sizes), width), u8), source(batch), to(batch)
-        for size in np.unique(sizes[sizes > 0]):
-            chosen, part = sizes == size, np.empty((np.count_nonzero(sizes == size), size), u8)
-            batch.access(watch.load, "copies", "global", origin[chosen], part, width, batch.lanes[chosen])
-            values[chosen, :size] = part
-        batch.access(watch.start_copies, "copies to", "shared", where, values, width)
-        batch.copies.append(Copies(batch.lanes, where, batch.groups[batch.lanes], width))
-
-    return run
+        raise batch.unsupported(f".{cache} does not copy {width} bytes")
+    sizes = batch.active(batch.read((o[3:] or o[2:])[0], "u32"))
+    if (sizes > width).any():
+        batch.fail(BadAccess, batch.lanes[sizes.argmax()], f"copies {sizes.max()} bytes into {width}")
+    values = np.zeros((len(sizes), width), u8)
+    for size in np.unique(sizes[sizes > 0]):
+        chosen = sizes == size
+        part, lanes = np.empty((np.count_nonzero(chosen), size), u8), batch.lanes[chosen]
+        batch.access(watch.READ, "global", lanes, source[chosen], part, width)
+        values[chosen, :size] = part
+    batch.access(watch.COPY, "shared", batch.lanes, to, values)
+    batch.copies.append(Copies(batch.lanes, to, batch.groups[batch.lanes], width))
 
 
 @instruction(r"cp\.async\.commit_group")
-def _commit(o: Operands) -> Run:
-    def run(batch: Batch) -> None:
-        batch.groups[batch.lanes] += 1
-
-    return run
+def _commit(batch: Batch, o: list[str]) -> None:
+    batch.groups[batch.lanes] += 1
 
 
-@instruction(r"cp\.async\.wait_(?:group|(all))")
-def _wait(o: Operands, everything: str | None) -> Run:
-    pending = -1 if everything else o.integer(o[0])  # so many of the last groups may stay in flight
-
-    def run(batch: Batch) -> None:
-        done, in_flight = np.where(batch.mask, batch.groups - pending, 0), []
-        for copies in batch.copies:
-            landed = copies.groups < done[copies.lanes]
-            lanes, where = copies.lanes[landed], copies.addresses[landed]
-            watch.land(batch.spaces["shared"], where, lanes, batch.stamps, copies.width)
-            if not landed.all():
-                lanes, where, groups = (part[~landed] for part in copies[:3])
-                in_flight.append(Copies(lanes, where, groups, copies.width))
-        batch.copies = in_flight
-
-    return run
+@instruction(r"cp\.async\.wait_group")
+def _wait(batch: Batch, o: list[str]) -> None:
+    """All but the last groups, as many as the operand says, have arrived."""
+    done, in_flight = np.where(batch.mask, batch.groups - batch.number(o[0]), 0), []
+    for lanes, where, groups, width in batch.copies:
+        landed = groups < done[lanes]
+        watch.land(batch.spaces["shared"], where[landed], lanes[landed], batch.stamps["shared"], width)
+        if not landed.all():
+            in_flight.append(Copies(lanes[~landed], where[~landed], groups[~landed], width))
+    batch.copies = in_flight
 
 
 # Where to go on
 
 
 @instruction(r"bra(?:\.uni)?")
-def _bra(o: Operands) -> Run:
-    if o[0] not in o.kernel.labels:
-        raise o.unsupported(f"there is no label {o[0]}")
-    target = o.kernel.labels[o[0]]
-    return lambda batch: target
+def _bra(batch: Batch, o: list[str]) -> int:
+    if o[0] not in batch.launch.kernel.labels:
+        raise batch.unsupported(f"there is no label {o[0]}")
+    return batch.launch.kernel.labels[o[0]]
 
 
-@instruction(r"(?:ret|exit)(?:\.uni)?")
-def _exit(o: Operands) -> Run:
-    return lambda batch: EXITED
+@instruction(r"ret|exit")
+def _exit(batch: Batch, o: list[str]) -> int:
+    return EXITED
 
 
-@instruction(r"trap")
-def _trap(o: Operands) -> Run:
-    return lambda batch: batch.fail(PtxError, batch.lanes[0], "comes to a trap")
-
-
-BARRIER = r"(?:bar|barrier)(?:\.cta)?"
-
-
-@instruction(rf"{BARRIER}\.sync(?:\.aligned)?")
-def _bar(o: Operands) -> Run:
-    if len(o.texts) > 1:
-        raise o.unsupported("a barrier for a part of the block is not modelled")
-    return lambda batch: batch.wait(lambda threads: None)
-
-
-@instruction(rf"{BARRIER}\.red(?:\.aligned)?\.(popc|and|or)\.(u32|pred)")
-def _bar_red(o: Operands, name: str, kind: str) -> Run:
-    """A barrier that also counts, or combines, one predicate of each thread of the block."""
-    if len(o.texts) > 3:
-        raise o.unsupported("a barrier for a part of the block is not modelled")
-    target, vote = o.register(o[0]), o.read(o[2], "pred")
-    reduce = {"popc": np.add, "and": np.minimum, "or": np.maximum}[name].reduceat
-
-    def finish(batch: Batch, threads: Array) -> None:
-        batch.activate(threads)
-        blocks = batch.block[batch.lanes]
-        first = np.flatnonzero(np.diff(blocks, prepend=-1))
-        result = reduce(batch.active(vote(batch)).astype(u32), first)
-        batch.set_active(target, result.repeat(np.diff(first, append=len(blocks))).astype(DTYPES[kind]))
-
-    return lambda batch: batch.wait(lambda threads: finish(batch, threads))
+@instruction(r"bar\.sync")
+def _bar(batch: Batch, o: list[str]) -> int:
+    if len(o) > 1:
+        raise batch.unsupported("a barrier for a part of the block is not modelled")
+    return batch.wait()
 
 
 # Warps
 
 
-@instruction(r"(?:bar|barrier)\.warp\.sync")
-def _warp_sync(o: Operands) -> Run:
-    named = o.read(o[0], "b32")
-    return lambda batch: batch.pass_warp_barrier(named(batch))
+@instruction(r"bar\.warp\.sync")
+def _warp_sync(batch: Batch, o: list[str]) -> None:
+    batch.whole_warps(o[0])
+    batch.pass_warp_barrier()
 
 
-@instruction(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
-def _shfl(o: Operands, mode: str) -> Run:
-    targets = [o.register(name.strip()) for name in o[0].split("|")]
-    value, b, c, named = (o.read(o[i], "b32") for i in range(1, 5))
-    lane = np.arange(WARP)
-
-    def run(batch: Batch) -> None:
-        members = batch.members(named(batch))
-        step, limits = (batch.by_warp(x(batch)).astype(np.int64) for x in (b, c))
-        step, segment = step & 31, limits >> 8 & 31
-        first, last = lane & segment, lane & segment | limits & 31 & ~segment
-        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": first | step & ~segment}
-        inside = source[mode] >= last if mode == "up" else source[mode] <= last
-        chosen = np.where(inside, source[mode], lane)
-        lost = batch.mask & ~members[np.arange(batch.size), chosen.ravel()]
-        if lost.any():
-            thread = int(lost.argmax())
-            what = f"reads from lane {chosen.flat[thread]} of its warp, which takes no part"
-            batch.fail(Divergence, thread, what)
-        batch.set(targets[0], np.take_along_axis(batch.by_warp(value(batch)), chosen, axis=1).ravel())
-        for target in targets[1:]:
-            batch.set(target, inside.ravel())
-
-    return run
+@instruction(r"shfl\.sync\.idx\.b32")
+def _shfl(batch: Batch, o: list[str]) -> None:
+    """d | p, value, lane, 31, member mask; p: whether the lane exists."""
+    batch.whole_warps(o[4])
+    if (batch.active(batch.read(o[3], "b32")) != WARP - 1).any():
+        raise batch.unsupported("a segment of a warp is not modelled")
+    value, lanes = (batch.by_warp(batch.read(text, "b32")) for text in o[1:3])
+    result, exists = np.take_along_axis(value, (lanes % WARP).astype(i64), axis=1), np.ones(1, bool)
+    for name, register in zip(o[0].split("|"), (result.ravel(), exists)):
+        batch.set(name.strip(), register)
 
 
-@instruction(r"vote\.sync\.(?:(all|any|uni)\.pred|(ballot)\.b32)")
-def _vote(o: Operands, mode: str | None, ballot: str | None) -> Run:
-    target, vote, named = o.register(o[0]), o.read(o[1], "pred"), o.read(o[2], "b32")
-
-    def run(batch: Batch) -> None:
-        members, votes = batch.members(named(batch)), batch.of_members(vote(batch))
-        every: Array = np.logical_and.reduce(votes | ~members, axis=1)
-        some: Array = np.logical_or.reduce(votes & members, axis=1)
-        result = {"all": every, "any": some, "uni": every | ~some, None: one_bits(votes & members)}[mode]
-        batch.set(target, result)
-
-    return run
+def over_warps(combine: Any, kind: str, batch: Batch, o: list[str]) -> None:
+    """d, a, member mask: d is the same for all of a warp."""
+    batch.whole_warps(o[2])
+    batch.set(o[0], combine.reduce(batch.by_warp(batch.read(o[1], kind)), axis=1).repeat(WARP))
 
 
-@instruction(r"redux\.sync\.(add|min|max|and|or|xor)\.([bsu]32)")
-def _redux(o: Operands, name: str, kind: str) -> Run:
-    target, value, named = o.register(o[0]), o.read(o[1], kind), o.read(o[2], "b32")
-    update: Any = UPDATES[name]
-    dtype, limits = DTYPES[kind], np.iinfo(DTYPES[kind])
-    neutral = dtype(
-        {"min": limits.max, "max": limits.min, "and": -1 if limits.min else limits.max}.get(name, 0)
-    )
-
-    def run(batch: Batch) -> None:
-        members = batch.members(named(batch))
-        values = np.where(members, batch.of_members(value(batch)), neutral)
-        batch.set(target, update.reduce(values, axis=1, dtype=dtype))
-
-    return run
+RULES[r"vote\.sync\.any\.pred"] = partial(over_warps, np.logical_or, "pred")
+RULES[r"redux\.sync\.max\.u32"] = partial(over_warps, np.maximum, "u32")
+RULES[r"redux\.sync\.or\.b32"] = partial(over_warps, np.bitwise_or, "b32")
 
 
-@instruction(r"activemask\.b32")
-def _activemask(o: Operands) -> Run:
-    target = o.register(o[0])
-    return lambda batch: batch.set(target, one_bits(batch.by_warp(batch.mask)).repeat(WARP))
-
-
-@instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
-def _ldmatrix(o: Operands, count: str, transposed: str | None) -> Run:
+@instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
+def _ldmatrix(batch: Batch, o: list[str], count: str) -> None:
     """Lane 8j + i gives the address of row i of matrix j; lane 4g + t gets elements 2t, 2t + 1 of row g."""
-    matrices, addresses = int(count), o.address(o[1])
-    numbers = o.registers(o[0], matrices)
-
-    def run(batch: Batch) -> None:
-        giving = np.arange(batch.whole_warps() * WARP).reshape(-1, WARP)[:, : 8 * matrices].ravel()
-        rows = np.empty((len(giving), 16), u8)
-        batch.access(watch.load, "reads", "shared", addresses(batch)[giving], rows, 16, batch.lanes[giving])
-        tiles = rows.view(u16).reshape(-1, matrices, 8, 8)
-        tiles = tiles.swapaxes(2, 3) if transposed else tiles
-        for j, number in enumerate(numbers):
-            batch.set_active(number, np.ascontiguousarray(tiles[:, j]).view(u32).ravel())
-
-    return run
+    batch.whole_warps()
+    matrices = int(count)
+    giving = np.arange(len(batch.lanes)).reshape(-1, WARP)[:, : 8 * matrices].ravel()
+    rows = np.empty((len(giving), 16), u8)
+    batch.access(watch.READ, "shared", batch.lanes[giving], batch.addresses(o[1])[giving], rows)
+    tiles = rows.view(u32).reshape(-1, matrices, WARP)
+    for j, name in enumerate(batch.names(o[0], matrices)):
+        batch.set(name, tiles[:, j].ravel())
 
 
 # Tensor cores. A register holds eight codes or two halves along K. Lane 4g + t has rows (of B: columns) g and
@@ -512,9 +405,8 @@ def rows_of_a(registers: list[Array]) -> Array:
     """Four over (warps, 8, 4) lanes, cut in pieces (warps, 8, 4, pieces) → (warps, 16, K)."""
     parts = np.stack(registers, axis=1)  # register & 1: lower rows, >> 1: second half
     w, _, g, t, cut = parts.shape
-    return np.ascontiguousarray(parts.reshape(w, 2, 2, g, t, cut).transpose(0, 2, 3, 1, 4, 5)).reshape(
-        w, 16, -1
-    )
+    halves = parts.reshape(w, 2, 2, g, t, cut).transpose(0, 2, 3, 1, 4, 5)
+    return np.ascontiguousarray(halves).reshape(w, 16, -1)
 
 
 def rows_of_b(registers: list[Array]) -> Array:
@@ -523,9 +415,8 @@ def rows_of_b(registers: list[Array]) -> Array:
 
 
 def matrix_of_c(registers: list[Array]) -> Array:
-    parts = np.stack(registers, axis=-1).reshape(
-        -1, 8, 4, 2, 2
-    )  # register & 1: next column, >> 1: lower rows
+    """register & 1: next column, >> 1: lower rows"""
+    parts = np.stack(registers, axis=-1).reshape(-1, 8, 4, 2, 2)
     return np.ascontiguousarray(parts.transpose(0, 3, 1, 2, 4)).reshape(-1, 16, 8)
 
 
@@ -552,58 +443,45 @@ def codes_in(registers: Array) -> Array:
     return (registers[..., None] >> np.arange(0, 32, 4, dtype=u32) & u32(15)).astype(u8)
 
 
-def over_lanes(batch: Batch, reads: list[Read]) -> list[Array]:
+def over_lanes(batch: Batch, text: str, count: int) -> list[Array]:
     """Operands over the (warps, 8, 4) lanes of whole warps."""
-    return [np.ascontiguousarray(batch.active(read(batch))).reshape(-1, 8, 4) for read in reads]
+    values = batch.reads(text, "b32", count)
+    return [np.ascontiguousarray(batch.active(value)).reshape(-1, 8, 4) for value in values]
+
+
+def mma(batch: Batch, o: list[str], cut: Callable[[Array], Array], multiply: Callable[..., Array]) -> None:
+    """D, A, B, C: `multiply` gets A and B, their registers cut in pieces, and C."""
+    batch.whole_warps()
+    a = rows_of_a([cut(x) for x in over_lanes(batch, o[1], 4)])
+    b = rows_of_b([cut(x) for x in over_lanes(batch, o[2], 2)])
+    d = multiply(a, b, matrix_of_c(over_lanes(batch, o[3], 4)).view(f32))
+    for name, register in zip(batch.names(o[0], 4), registers_of_d(d)):
+        batch.set(name, register)
 
 
 @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
-def _mma_half(o: Operands, kind: str) -> Run:
-    numbers = o.registers(o[0], 4)
-    widths, bits = (FP16, np.dtype(np.int16)) if kind == "f16.f16" else (BF16, np.dtype(u16))
-    of_a, of_b, of_c = o.reads(o[1], "b32", 4), o.reads(o[2], "b32", 2), o.reads(o[3], "b32", 4)
-
-    def run(batch: Batch) -> None:
-        batch.whole_warps()
-        a = rows_of_a([halves_in(x) for x in over_lanes(batch, of_a)])
-        b = rows_of_b([halves_in(x) for x in over_lanes(batch, of_b)])
-        c = matrix_of_c(over_lanes(batch, of_c)).view(f32)
-        for number, d in zip(numbers, registers_of_d(half_warps(a.view(bits), b.view(bits), c, widths))):
-            batch.set_active(number, d)
-
-    return run
+def _mma_half(batch: Batch, o: list[str], kind: str) -> None:
+    widths, bits = (FP16, np.int16) if kind == "f16.f16" else (BF16, u16)
+    mma(batch, o, halves_in, lambda a, b, c: half_warps(a.view(bits), b.view(bits), c, widths))
 
 
-SHAPE, BLOCK_SCALE = r"(?:\.m16n8k64\.row\.col)?", r"\.kind::mxf4nvf4\.block_scale\.scale_vec::4X"
-
-
-@instruction(rf"mma\.sync\.aligned{SHAPE}{BLOCK_SCALE}{SHAPE}\.f32\.e2m1\.e2m1\.f32\.ue4m3")
-def _mma_nvfp4(o: Operands) -> Run:
+@instruction(
+    r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale\.scale_vec::4X"
+    r"\.f32\.e2m1\.e2m1\.f32\.ue4m3"
+)
+def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
     """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}."""
-    if len(o.texts) != 8:
-        raise o.unsupported("it takes 8 operands")
-    d, a, b, c, scales_a, selector_a, scales_b, selector_b = o.texts
-    numbers, of_a, of_b = o.registers(d, 4), o.reads(a, "b32", 4), o.reads(b, "b32", 2)
-    of_c, scales = o.reads(c, "b32", 4), [*o.reads(scales_a, "b32", 1), *o.reads(scales_b, "b32", 1)]
-    selectors = o.reads(selector_a, "u16", 2), o.reads(selector_b, "u16", 2)
+    if len(o) != 8:
+        raise batch.unsupported("it takes 8 operands")
+    scales_a, selector_a, scales_b, selector_b = o[4:]
+    byte_a, thread_a = (batch.number(text) for text in batch.names(selector_a, 2))
+    byte_b, thread_b = (batch.number(text) for text in batch.names(selector_b, 2))
+    if byte_a or byte_b or thread_a not in range(2) or thread_b not in range(4):
+        raise batch.unsupported("with 4X the byte is 0, the thread of A's scales 0 or 1, of B's 0 to 3")
 
-    def selected(batch: Batch, operand: int) -> int:
-        byte, thread = (np.unique(batch.active(read(batch))) for read in selectors[operand])
-        most = (1, 3)[operand]
-        if len(byte) > 1 or len(thread) > 1 or byte[0] != 0 or thread[0] > most:
-            what = f"selects byte {byte} and thread {thread} for the scales of {'AB'[operand]}; with 4X that "
-            batch.fail(PtxError, batch.lanes[0], f"{what}is byte 0, and one thread up to {most} for all")
-        return int(thread[0])
+    def multiply(a: Array, b: Array, c: Array) -> Array:
+        (of_a,), (of_b,) = over_lanes(batch, scales_a, 1), over_lanes(batch, scales_b, 1)
+        scales = scales_of_a(of_a, thread_a), scales_of_b(of_b, thread_b)
+        return nvfp4_warps(a, b, *(x.view(u8).reshape(len(x), -1, 4) for x in scales), c)
 
-    def run(batch: Batch) -> None:
-        batch.whole_warps()
-        a = rows_of_a([codes_in(x) for x in over_lanes(batch, of_a)])
-        b = rows_of_b([codes_in(x) for x in over_lanes(batch, of_b)])
-        c = matrix_of_c(over_lanes(batch, of_c)).view(f32)
-        quads_a, quads_b = over_lanes(batch, scales)
-        sfa, sfb = scales_of_a(quads_a, selected(batch, 0)), scales_of_b(quads_b, selected(batch, 1))
-        sfa, sfb = (x.view(u8).reshape(len(x), -1, 4) for x in (sfa, sfb))
-        for number, d in zip(numbers, registers_of_d(nvfp4_warps(a, b, sfa, sfb, c))):
-            batch.set_active(number, d)
-
-    return run
+    mma(batch, o, codes_in, multiply)

@@ -4,7 +4,9 @@ The threads at the lowest program counter run, up to the next one at which other
 branch meet again behind it. Every instruction sees the same order on every run.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
@@ -12,18 +14,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import ptx_memory as watch
-from .formats import u8, u32
-from .ptx_arithmetic import bits_in_type
-from .ptx_memory import Found, Memory
-from .ptx_text import Kernel, PtxError, Unsupported
+from .formats import f32, u8, u32
+from .ptx_memory import Memory
 
 Array = NDArray[Any]
 Dim = tuple[int, int, int]
 WARP = 32
 EXITED, SPLIT = 1 << 40, -1  # instead of a program counter: the thread is done; threads go on at several
-WINDOWS = {"global": 0, "const": 0, "shared": 1 << 44, "local": 1 << 45}  # where generic addresses begin
 MOST_STEPS = 10_000_000  # takes a minute; a kernel that needs more does not end
 UNSET = 0xA5  # bytes of a register that nothing was written to
+DTYPES = {"pred": np.dtype(bool), "f16": np.dtype(np.float16), "f32": np.dtype(f32)}
+for _bits in (8, 16, 32, 64):
+    DTYPES |= {f"s{_bits}": np.dtype(f"i{_bits // 8}")}
+    DTYPES |= {f"{kind}{_bits}": np.dtype(f"u{_bits // 8}") for kind in "ub"}
+
+
+class PtxError(Exception):
+    """A kernel that cannot go on. The message has the kernel, the line, the thread and the reason."""
+
+
+class Unsupported(PtxError):
+    """An opcode, modifier or operand that this interpreter does not know."""
 
 
 class BadAccess(PtxError):
@@ -50,16 +61,46 @@ FINDINGS = {
     watch.WAS_WRITTEN: (Race, "{other} wrote byte {byte} of it, and no barrier lies in between"),
     watch.WAS_READ: (Race, "{other} read byte {byte} of it, and no barrier lies in between"),
 }
+VERBS = {watch.READ: "reads", watch.WRITE: "writes", watch.ATOMIC: "updates", watch.COPY: "copies to"}
+
+
+class Statement(NamedTuple):
+    guard: str  # a predicate, or nothing
+    opcode: str
+    operands: list[str]
+    registers: dict[str, int]  # their numbers, by the names that the operands have
+    text: str
+    line: int  # in the PTX
+    source: str  # file:line of the CUDA source, if it was compiled with -lineinfo
+
+
+@dataclass
+class Kernel:
+    """One .entry."""
+
+    name: str
+    parameters: dict[str, str]  # name → type
+    statements: list[Statement] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)  # number of the statement that follows
+    types: list[str] = field(default_factory=list)  # of the registers, by number
+    arrays: dict[str, tuple[int, int]] = field(default_factory=dict)  # in shared memory: address, bytes
+    most_threads: int = 1024
+
+    def place(self, name: str, size: int, alignment: int) -> None:
+        """An array in shared memory, behind the others with a gap, so that a step too far is noticed. One
+        of size 0 is as long as the launch says, and comes after all others."""
+        end = max((address + size + 16 for address, size in self.arrays.values() if size), default=0)
+        self.arrays[name] = (-(-end // alignment) * alignment, size)
 
 
 class Launch(NamedTuple):
     kernel: Kernel
+    code: list[Callable[["Batch", list[str]], int | None]]  # of the statements
     grid: Dim
     block: Dim
-    parameters: NDArray[np.uint8]
-    addresses: dict[str, int]  # of variables
+    arguments: dict[str, Array]  # of one element
     memory: Memory
-    shared_bytes: int
+    shared: list[tuple[int, int]]  # arrays in shared memory: address, bytes
 
 
 class Copies(NamedTuple):
@@ -76,40 +117,32 @@ class Batch:
 
     def __init__(self, launch: Launch, blocks: NDArray[np.int64]) -> None:
         self.launch, kernel, count = launch, launch.kernel, prod(launch.block)
-        block_size = -(-count // WARP) * WARP
-        n = self.size = block_size * len(blocks)
-        self.thread = np.arange(n) % block_size
-        self.block = np.repeat(blocks, block_size)
+        self.block_size = -(-count // WARP) * WARP
+        n = self.size = self.block_size * len(blocks)
+        self.thread = np.arange(n) % self.block_size
+        self.block = np.repeat(blocks, self.block_size)
         self.exists = self.thread < count
         self.pc = np.where(self.exists, 0, EXITED)
         self.waiting = np.zeros(n, bool)  # at a barrier of the block
-        self.finishes: dict[
-            int, Callable[[Array], None]
-        ] = {}  # what is left to do when it opens, by its number
         self.barriers, self.warp_syncs = np.zeros(n, np.int64), np.zeros(n, np.int64)  # so many were passed
-        self.stamps = watch.stamps(self.thread, self.warp_syncs, self.barriers)
-        self.block_stamps = launch.memory.launches << watch.LAUNCH_AT | self.block
         self.copies: list[Copies] = []
         self.groups = np.zeros(n, np.int64)  # of cp.async, committed by each thread
         kinds = {kind: stored(kind) for kind in set(kernel.types)}
         unset = {kind: np.full(n * dtype.itemsize, UNSET, u8).view(dtype) for kind, dtype in kinds.items()}
         self.registers = [unset[kind] for kind in kernel.types]
         self.special = special_registers(self.thread, self.block, launch)
-        self.spaces = {
-            "global": launch.memory.space,
-            "shared": watch.shared_space(
-                kernel.dynamic_from + launch.shared_bytes, len(blocks), block_size, launch.memory.shared
-            ),
-            "local": watch.local_space(kernel.sizes["local"], n),
-        }
-        launch.memory.shared = self.spaces["shared"]
-        dynamic = ("shared", kernel.dynamic_from, launch.shared_bytes)
-        for name, address, size in [*kernel.symbols.values(), dynamic]:
-            if name in ("shared", "local"):
-                regions = self.spaces[name].state.reshape(-1, self.spaces[name].size)
-                regions[:, address : address + size] = watch.UNWRITTEN
+        end = max((address + size for address, size in launch.shared), default=0)
+        shared = watch.shared_space(end, len(blocks), self.block_size)
+        for address, size in launch.shared:
+            shared.state.reshape(len(blocks), -1)[:, address : address + size] = watch.UNWRITTEN
+        self.spaces = {"global": launch.memory.space, "shared": shared}
+        self.stamps = {"global": launch.memory.launches << watch.LAUNCH_AT | self.block}
+        self.stamp()
         self.at, self.steps = 0, 0  # number of the instruction that runs; how many have run
         self.activate(self.exists)
+
+    def stamp(self) -> None:
+        self.stamps["shared"] = watch.stamps(self.thread, self.warp_syncs, self.barriers)
 
     def activate(self, mask: NDArray[np.bool_]) -> None:
         """These threads run what comes next."""
@@ -117,7 +150,7 @@ class Batch:
 
     def run(self) -> None:
         """Until every thread has exited."""
-        code = self.launch.kernel.code
+        statements = self.launch.kernel.statements
         while True:
             ready = np.where(self.waiting, EXITED, self.pc)
             at = int(ready.min())
@@ -129,24 +162,27 @@ class Batch:
             self.activate(ready == at)
             stop = int(ready[~self.mask].min(initial=EXITED))
             while SPLIT < at < stop:
-                self.at, instruction = at, code[at]
+                self.at, self.statement = at, statements[at]
                 self.steps += 1
                 if self.steps > MOST_STEPS:
                     self.fail(PtxError, int(self.lanes[0]), f"still runs after {MOST_STEPS} instructions")
-                to = self.guarded(instruction) if instruction.guard else instruction.run(self)
+                to = self.guarded() if self.statement.guard else self.execute()
                 at = at + 1 if to is None else to
             if at != SPLIT:
                 self.pc[self.lanes] = at
 
-    def guarded(self, instruction: Any) -> int | None:
+    def execute(self) -> int | None:
+        return self.launch.code[self.at](self, self.statement.operands)
+
+    def guarded(self) -> int | None:
         """Run it in those active threads whose guard predicate holds."""
         before, lanes = self.mask, self.lanes
-        mask = before & instruction.guard(self)
+        mask = before & self.read(self.statement.guard, "pred")
         if not mask.any():
             return None
         self.pc[lanes] = self.at + 1
         self.activate(mask)
-        to = instruction.run(self)
+        to = self.execute()
         if to is None:
             self.activate(before)
         elif to != SPLIT and len(self.lanes) < len(lanes):
@@ -154,30 +190,78 @@ class Batch:
             return SPLIT
         return to
 
-    # Registers. Their arrays are never changed, only replaced: several registers may share one.
+    # Operands. Arrays of registers are never changed, only replaced: several registers may share one.
 
-    def set(self, number: int, value: Array) -> None:
-        """A register's new value in the active threads; `value` is over all threads, or one for all."""
-        old = self.registers[number]
-        if value.dtype != old.dtype:
-            value = converted(value, old.dtype)
-        if not self.everyone:
-            value = np.where(self.mask, value, old)
-        elif len(value) != self.size:
-            value = np.broadcast_to(value, self.size)
-        self.registers[number] = value
+    def unsupported(self, why: str) -> Unsupported:
+        return Unsupported(f"{self.where()}\n{why}.")
 
-    def set_active(self, number: int | None, value: Array) -> None:
-        """The same, `value` over the active threads; None is `_`, which takes what nobody wants."""
+    def names(self, text: str, count: int) -> list[str]:
+        """{a, b, …} or a"""
+        names = [name.strip() for name in text.strip("{}").split(",")]
+        if len(names) != count:
+            raise self.unsupported(f"{text} must be {count} operands")
+        return names
+
+    def reads(self, text: str, kind: str, count: int) -> list[Array]:
+        return [self.read(name, kind) for name in self.names(text, count)]
+
+    def read(self, text: str, kind: str) -> Array:
+        """An operand as this type: over all threads, or one value for all."""
+        if text.startswith("!"):
+            return ~self.read(text[1:], kind)
+        number, dtype = self.statement.registers.get(text), DTYPES[kind]
         if number is None:
+            return self.constant(text, kind)
+        value = self.registers[number]
+        if value.dtype == dtype:
+            return value
+        if value.itemsize < dtype.itemsize or bool in (value.dtype, dtype):
+            raise self.unsupported(f"{text} is .{self.launch.kernel.types[number]}; .{kind} does not fit")
+        return (value if value.itemsize == dtype.itemsize else value.astype(stored(kind))).view(dtype)
+
+    def constant(self, text: str, kind: str) -> Array:
+        """A special register, the address of an array in shared memory, a number."""
+        if text in self.special:
+            return self.special[text].astype(DTYPES[kind], copy=False)
+        arrays = self.launch.kernel.arrays
+        value = arrays[text][0] if text in arrays else self.number(text)
+        return np.array([value & (1 << bits_in_type(kind)) - 1], stored(kind)).view(DTYPES[kind])
+
+    def number(self, text: str) -> int:
+        """An integer, or the bits of a float32."""
+        try:
+            return int(text[2:], 16) if text[:2] in ("0f", "0F") else int(text.removesuffix("U"), 0)
+        except ValueError:
+            raise self.unsupported(f"{text} is not a register, a shared array or a number") from None
+
+    def addresses(self, text: str) -> Array:
+        """[register + offset] or [array + offset] → the addresses of the active threads."""
+        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]", text)
+        if match is None:
+            raise self.unsupported(f"{text} is not an address")
+        number = self.statement.registers.get(match[1])
+        kind = "u32" if number is None else self.launch.kernel.types[number]
+        wrap = (1 << min(bits_in_type(kind), 63)) - 1  # those of 32 bits go round
+        return (self.active(self.read(match[1], kind)).astype(np.int64) + int(match[2] or 0)) & wrap
+
+    def set(self, name: str, value: Array) -> None:
+        """A register's new value in the active threads; `value` is over all threads, over the active ones, or
+        one for all. `_` takes what nobody wants."""
+        if name == "_":
             return
+        if name not in self.statement.registers:
+            raise self.unsupported(f"{name} is not a register")
+        number = self.statement.registers[name]
         old = self.registers[number]
-        value = np.ascontiguousarray(converted(value, old.dtype) if value.dtype != old.dtype else value)
-        if not self.everyone:
+        value = as_bits(value, old.dtype)
+        if len(value) not in (1, self.size):
             whole = old.copy()
             whole[self.lanes] = value
-            value = whole
-        self.registers[number] = value
+        elif self.everyone:
+            whole = np.broadcast_to(value, self.size)
+        else:
+            whole = np.where(self.mask, value, old)
+        self.registers[number] = whole
 
     def active(self, value: Array) -> Array:
         """Of a value over all threads, or one for all, that of the active ones."""
@@ -191,116 +275,52 @@ class Batch:
 
     # Warps and barriers
 
-    def alive(self) -> Array:
-        return self.pc != EXITED
-
-    def whole_warps(self, needed: Array | None = None) -> int:
-        """How many warps are at this instruction; with all their threads, or all `needed` ones."""
-        mask = self.by_warp(self.mask)
-        some = mask.any(axis=1)
-        missing = ~mask if needed is None else self.by_warp(needed) & ~mask
-        missing[~some] = False
+    def whole_warps(self, members: str = "-1") -> None:
+        """The active threads must be whole warps, and so must the member masks that they give."""
+        if (self.active(self.read(members, "b32")) != 0xFFFFFFFF).any():
+            raise self.unsupported("a member mask for a part of a warp is not modelled")
+        missing = self.by_warp(self.mask).any(axis=1).repeat(WARP) & ~self.mask
         if missing.any():
             self.fail(Divergence, int(missing.argmax()), "is not there, and its whole warp must be")
-        return int(np.count_nonzero(some))
 
-    def members(self, named: Array) -> Array:
-        """(threads, 32): the lanes with which each takes part in an instruction; `named`: its member masks.
-        An active thread is in its own mask, and whoever the mask names is there or has exited."""
-        names = np.broadcast_to(named, self.size)
-        absent = self.mask & (names >> (self.thread % WARP).astype(u32) & u32(1) == 0)
-        if absent.any():
-            self.fail(
-                Divergence, int(absent.argmax()), f"is not in its own member mask {names[absent][0]:#x}"
-            )
-        here, elsewhere = (
-            one_bits(self.by_warp(x)).repeat(WARP) for x in (self.mask, self.alive() & ~self.mask)
-        )
-        waits = self.mask & (names & elsewhere != 0)
-        if waits.any():
-            lane = int(names[waits][0] & elsewhere[waits][0]).bit_length() - 1
-            self.fail(Divergence, int(waits.argmax()), f"needs lane {lane} of its warp, which is not there")
-        return np.unpackbits((names & here).view(u8).reshape(-1, 4), axis=1, bitorder="little").view(bool)
-
-    def of_members(self, value: Array) -> Array:
-        """(threads, 32): the value of each lane of a thread's warp."""
-        return self.by_warp(value).repeat(WARP, axis=0)
-
-    def pass_warp_barrier(self, named: Array) -> None:
-        self.whole_warps(needed=self.alive())
-        names = one_bits(self.by_warp(self.mask)).repeat(WARP) & ~np.broadcast_to(named, self.size)
-        if (self.mask & (names != 0)).any():
-            raise Unsupported(f"{self.where()}\nA barrier for a part of a warp is not modelled.")
+    def pass_warp_barrier(self) -> None:
         self.warp_syncs[self.lanes] += 1
-        self.stamps = watch.stamps(self.thread, self.warp_syncs, self.barriers)
+        self.stamp()
 
-    def wait(self, finish: Callable[[Array], None]) -> int | None:
-        """At a barrier of the block. `finish` is called for the threads that it lets go, whole blocks."""
-        if not (self.alive() & ~self.mask).any():
-            self.open(self.mask, finish)
-            return None
-        self.finishes[self.at] = finish
+    def wait(self) -> int:
+        """At a barrier of the block."""
         self.waiting[self.lanes], self.pc[self.lanes] = True, self.at + 1
         return SPLIT
 
     def release(self) -> None:
         """Nobody can run: open the barriers at which whole blocks wait. All must wait at the same one, in the
-        text: CUDA has it undefined if only some threads of a block come to a __syncthreads()."""
-        for block in np.unique(self.block[self.waiting]):
-            threads: Array = self.waiting & (self.block == block)
-            self.at = int(self.pc[threads].min()) - 1
-            apart: Array = threads & (self.pc != self.at + 1)
-            if apart.any():
-                other = self.launch.kernel.statements[int(self.pc[apart.argmax()]) - 1]
-                what = (
-                    f"waits at another barrier than others of its block, PTX line {other.line} {other.source}"
-                )
-                self.fail(Divergence, int(apart.argmax()), what)
-            self.waiting[threads] = False
-            self.open(threads, self.finishes[self.at])
-
-    def open(self, threads: Array, finish: Callable[[Array], None]) -> None:
-        """A warp that has exited is not waited for; a warp of which some threads have is in disorder."""
-        waits = self.by_warp(threads).any(axis=1).repeat(WARP)
-        gone = self.exists & ~self.alive() & waits
-        if gone.any():
-            self.fail(Divergence, int(gone.argmax()), "has exited, and others of its warp wait at a barrier")
-        finish(threads)
-        self.barriers[threads] += 1
-        self.stamps = watch.stamps(self.thread, self.warp_syncs, self.barriers)
+        text: CUDA has it undefined if only some threads of a block come to a __syncthreads(). A warp that has
+        exited is not waited for; a warp of which some threads have is in disorder."""
+        behind = np.where(self.waiting, self.pc, EXITED).reshape(-1, self.block_size).min(axis=1)
+        first = behind.repeat(self.block_size)
+        apart = self.waiting & (self.pc != first)
+        gone = self.by_warp(self.waiting).any(axis=1).repeat(WARP) & self.exists & ~self.waiting
+        if (apart | gone).any():
+            thread = int((apart | gone).argmax())
+            self.at = int(first[thread]) - 1
+            if gone[thread]:
+                self.fail(Divergence, thread, "has exited, and others of its warp wait at a barrier")
+            other = self.launch.kernel.statements[int(self.pc[thread]) - 1]
+            what = f"waits at another barrier than others of its block, PTX line {other.line} {other.source}"
+            self.fail(Divergence, thread, what)
+        self.barriers[self.waiting] += 1
+        self.waiting[:] = False
+        self.stamp()
 
     # Memory
 
     def access(
-        self,
-        how: Callable[..., Found],
-        verb: str,
-        space: str | None,
-        addresses: Array,
-        values: Array,
-        alignment: int,
-        lanes: Array | None = None,
+        self, how: int, space: str, lanes: Array, addresses: Array, values: Array, alignment: int = 0
     ) -> None:
-        """Load into, store from or copy values (active threads or `lanes`, bytes); space None: generic."""
-        lanes = self.lanes if lanes is None else lanes
-        for name, chosen in pieces(space, addresses):
-            where, part, who = (
-                addresses[chosen] - (0 if space else WINDOWS[name]),
-                values[chosen],
-                lanes[chosen],
-            )
-            found = how(self.spaces[name], where, who, self.now(name), part, alignment)
-            self.check(found, verb, name, where, who, values[:1].nbytes, alignment)
-            if part is not values:
-                values[chosen] = part
-
-    def now(self, space: str) -> Array:
-        return self.block_stamps if space == "global" else self.stamps
-
-    def check(
-        self, found: Found, verb: str, space: str, addresses: Array, lanes: Array, width: int, alignment: int
-    ) -> None:
-        """Raise what a function of ptx_memory has found."""
+        """Read into or write values, (lanes, bytes); stop at what the watch finds."""
+        width, now = values.shape[1], self.stamps[space]
+        alignment = alignment or width
+        found = watch.access(self.spaces[space], addresses, lanes, now, values, alignment, how)
         finding, i, byte, stamp = found
         if finding == watch.FINE:
             return
@@ -312,15 +332,12 @@ class Batch:
         elif thread == self.thread[lanes[i]]:
             other = "another thread of its block"
         reason = reason.format(byte=byte, alignment=alignment, other=other)
-        what = f"{verb} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"
+        what = f"{VERBS[how]} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"
         self.fail(kind, int(lanes[i]), what)
 
     def where(self) -> str:
-        kernel = self.launch.kernel
-        s = kernel.statements[self.at]
-        return (
-            f"{kernel.name}, PTX line {s.line}{', ' * bool(s.source)}{s.source}: {' '.join(s.text.split())}"
-        )
+        s, name = self.launch.kernel.statements[self.at], self.launch.kernel.name
+        return f"{name}, PTX line {s.line}{', ' * bool(s.source)}{s.source}: {s.text}"
 
     def fail(self, kind: type[PtxError], thread: int, what: str) -> None:
         t = coordinates(int(self.thread[thread]), self.launch.block)
@@ -328,39 +345,27 @@ class Batch:
         raise kind(f"{self.where()}\nThread {t} of block {b}, lane {thread % WARP} of its warp, {what}.")
 
 
-def pieces(space: str | None, addresses: Array) -> Sequence[tuple[str, Any]]:
-    """(space, which of the addresses lie there)."""
-    if space:
-        return [("global" if space == "const" else space, slice(None))]
-    window = np.searchsorted([WINDOWS["shared"], WINDOWS["local"], watch.FIRST], addresses, side="right")
-    names = ("global", "shared", "local", "global")  # the lowest addresses are nobody's
-    return [(names[w], np.flatnonzero(window == w)) for w in np.unique(window)]
-
-
 def coordinates(number: int, size: Dim) -> Dim:
     x, y, _ = size
     return int(number % x), int(number // x % y), int(number // (x * y))
 
 
+def bits_in_type(kind: str) -> int:
+    return 1 if kind == "pred" else DTYPES[kind].itemsize * 8
+
+
 def stored(kind: str) -> np.dtype:
     """How a register of this type is held: its bits, or truth values."""
-    return np.dtype(bool if kind == "pred" else f"u{bits_in_type(kind) // 8}")
+    return DTYPES["pred" if kind == "pred" else f"b{bits_in_type(kind)}"]
 
 
-def converted(value: Array, dtype: np.dtype) -> Array:
+def as_bits(value: Array, dtype: np.dtype) -> Array:
     """The bits of a value for a register; what is shorter is extended, by its sign if it has one."""
-    if value.ndim == 2:  # pairs of halves
-        return np.ascontiguousarray(value).view(dtype)[:, 0]
     return value.view(dtype) if value.dtype.itemsize == dtype.itemsize else value.astype(dtype)
 
 
-def one_bits(members: Array) -> Array:
-    """(n, 32) truth values → (n,) uint32, lane 0 the lowest bit."""
-    return np.packbits(members, axis=1, bitorder="little").view(u32)[:, 0]
-
-
 def special_registers(thread: Array, block: Array, launch: Launch) -> dict[str, Array]:
-    special = {"%laneid": thread % WARP, "%warpid": thread // WARP}
+    special: dict[str, Array] = {}
     for name, sizes, flat in (("tid", launch.block, thread), ("ctaid", launch.grid, block)):
         x, y, _ = sizes
         special |= {f"%{name}.x": flat % x, f"%{name}.y": flat // x % y, f"%{name}.z": flat // (x * y)}

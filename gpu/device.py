@@ -137,7 +137,7 @@ class CudaTorch(Cuda):
 
 
 # Most shared memory of a block: CUDA programming guide, technical specifications per compute capability
-SHARED_KIB = {"80": 163, "90a": 227, "120a": 99, "121a": 99}
+SHARED_KIB = {"80": 163, "86": 99, "89": 99, "90a": 227, "100a": 227, "103a": 227, "120a": 99, "121a": 99}
 
 
 class Interpreted:

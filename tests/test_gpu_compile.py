@@ -12,6 +12,7 @@ import pytest
 from support import cuda_compiler
 
 from arcquant_ref import backends
+from emulator.ptx import Text, code_of
 from gpu import launch, load
 from gpu.device import SHARED_KIB
 
@@ -52,6 +53,8 @@ def test_it_compiles_and_nothing_spills(name, arch):
         assert taken.spilled_bytes == taken.stack_bytes == 0, kernel
         assert taken.registers <= 255
     assert "warning" not in made.log, made.log
+    for entry in Text(made.ptx).kernels.values():  # and the interpreter knows every instruction
+        assert len(code_of(entry)) == len(entry.statements)
 
 
 @pytest.mark.parametrize("arch", ["120a", "121a"])

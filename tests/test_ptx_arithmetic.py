@@ -1,7 +1,7 @@
 """PTX instructions that compute one result, each against rational numbers, Python's integers or a table."""
 
 from fractions import Fraction
-from math import isfinite, isinf, isnan, isqrt
+from math import isfinite, isnan, isqrt
 
 import exact
 import ml_dtypes
@@ -18,7 +18,6 @@ N = 64
 # PTX type → NumPy type, bits of precision, exponent of the least normal number, PTX's NaN
 FORMATS = {
     "f16": (np.float16, 11, -14, 0x7FFF),
-    "bf16": (ml_dtypes.bfloat16, 8, -126, 0x7FFF),
     "f32": (np.float32, 24, -126, 0x7FFFFFFF),
 }
 BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -59,9 +58,9 @@ def rounded(x: Fraction, negative_zero: bool, kind: str, rounding: str):
         unit = Fraction(2) ** (max(exponent_below(x), least) - precision + 1)
         down = (x // unit) * unit
         up = -((-x) // unit) * unit
-        y = {"rm": down, "rp": up, "rz": down if x > 0 else up}[rounding]
+        y = {"rp": up, "rz": down if x > 0 else up}[rounding]
     if abs(y) > largest:
-        to_largest = {"rn": False, "rz": True, "rm": y > 0, "rp": y < 0}[rounding]
+        to_largest = {"rn": False, "rz": True, "rp": y < 0}[rounding]
         magnitude = float(largest) if to_largest else np.inf
         return dtype(magnitude if y > 0 else -magnitude)
     if y == 0:
@@ -88,12 +87,11 @@ def assert_bits(got, expected, kind, *operands):
 
 
 def combine(name, values, kind, rounding):
-    """IEEE: a + b, a − b, a · b, a / b, a · b + c, √a, 1/a."""
+    """IEEE: a + b, a · b, a / b, a · b + c, √a, 1/a."""
     with np.errstate(all="ignore"):
         a, b, c = (np.float64(v) for v in (*values, 0.0, 0.0)[:3])
         in_float64 = {
             "add": a + b,
-            "sub": a - b,
             "mul": a * b,
             "div": a / b,
             "fma": a * b + c,
@@ -112,30 +110,20 @@ def combine(name, values, kind, rounding):
         return rounded(root, np.signbit(a), kind, rounding)
     result = {
         "add": lambda: x + y,
-        "sub": lambda: x - y,
         "mul": lambda: x * y,
         "div": lambda: x / y,
         "fma": lambda: x * y + z,
         "rcp": lambda: 1 / x,
     }[name]()
-    negative_zero = bool(np.signbit(in_float64))
-    if rounding == "rm" and result == 0 and name in ("add", "sub", "fma"):
-        parts = {"add": (a, b), "sub": (a, -b), "fma": (a * b, c)}[name]
-        negative_zero = any(np.signbit(part) for part in parts)
-    return rounded(result, negative_zero, kind, rounding)
+    return rounded(result, bool(np.signbit(in_float64)), kind, rounding)
 
 
-ROUNDINGS = ("rn", "rz", "rm", "rp")
-F32 = [
-    f"{name}.{rounding}.f32"
-    for name in ("add", "sub", "mul", "div", "fma", "sqrt", "rcp")
-    for rounding in ROUNDINGS
-]
-HALVES = [f"{name}.rn.{kind}" for kind in ("f16", "bf16") for name in ("add", "sub", "mul", "fma")]
+OPCODES = ["add.rn.f32", "add.rp.f32", "mul.rn.f32", "div.rn.f32", "fma.rn.f32", "fma.rz.f32"]
+OPCODES += ["sqrt.rn.f32", "rcp.rn.f32"]
 OPERANDS = {"fma": 3, "sqrt": 1, "rcp": 1}
 
 
-@pytest.mark.parametrize("opcode", F32 + HALVES)
+@pytest.mark.parametrize("opcode", OPCODES)
 @given(seed=seeds)
 def test_one_rounding_of_the_exact_result(opcode, seed):
     name, rounding, kind = opcode.split(".")
@@ -151,28 +139,12 @@ def test_one_rounding_of_the_exact_result(opcode, seed):
     assert_bits(got, expected, kind, *operands)
 
 
-@pytest.mark.parametrize("opcode", ["add.f32", "mul.f32", "add.f16", "mul.bf16"])
-def test_without_a_rounding_it_is_to_nearest(opcode):
-    name, kind = opcode.split(".")
-    a, b = (bits_of(some_floats(np.random.default_rng(i), kind)) for i in range(2))
-    got, expected = (one(f"{text} d, a, b;", a, b, dtype=a.dtype) for text in (opcode, f"{name}.rn.{kind}"))
-    np.testing.assert_array_equal(got, expected)
-
-
-@pytest.mark.parametrize(
-    "opcode", ["add.rn", "mul.rn", "sub.rn", "fma.rn", "max", "min", "max.NaN", "abs", "neg"]
-)
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
 @given(seed=seeds)
-def test_pairs_are_two_halves(opcode, kind, seed):
+def test_products_of_pairs_are_two_products(seed):
     rng = np.random.default_rng(seed)
-    count = {"fma.rn": 3, "abs": 1, "neg": 1}.get(opcode, 2)
-    halves = [bits_of(some_floats(rng, kind, 2 * N)) for _ in range(count)]
-    names = ", ".join("abc"[:count])
-    pairs = one(f"{opcode}.{kind}x2 d, {names};", *(x.view(np.uint32) for x in halves), dtype=np.uint32)
-    np.testing.assert_array_equal(
-        pairs.view(np.uint16), one(f"{opcode}.{kind} d, {names};", *halves, dtype=np.uint16)
-    )
+    a, b = (some_floats(rng, "f16", 2 * N) for _ in range(2))
+    got = one("mul.rn.f16x2 d, a, b;", a.view(np.uint32), b.view(np.uint32), dtype=np.uint32)
+    assert_bits(got.view(np.float16), [combine("mul", v, "f16", "rn") for v in zip(a, b)], "f16", a, b)
 
 
 CORNERS = np.float32(
@@ -180,26 +152,25 @@ CORNERS = np.float32(
 )
 LEFT, RIGHT = (x.ravel() for x in np.meshgrid(CORNERS, CORNERS))
 COMPARISONS = {
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b and not isnan(a) and not isnan(b),
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
-    "num": lambda a, b: not isnan(a) and not isnan(b),
+    "equ": lambda a, b: a == b or isnan(a) or isnan(b),
+    "neu": lambda a, b: a != b,
+    "ltu": lambda a, b: not a >= b,
+    "leu": lambda a, b: not a > b,
+    "gtu": lambda a, b: not a <= b,
+    "geu": lambda a, b: not a < b,
     "nan": lambda a, b: isnan(a) or isnan(b),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [*COMPARISONS, *(f"{name}u" for name in ("eq", "ne", "lt", "le", "gt", "ge"))]
-)
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_setp_of_floats(name):
-    compare = COMPARISONS.get(name) or (lambda a, b: COMPARISONS[name[:-1]](a, b) or isnan(a) or isnan(b))
-    got = one(
-        f"setp.{name}.f32 p, a, b; selp.b32 d, 1, 0, p;", bits_of(LEFT), bits_of(RIGHT), dtype=np.uint32
-    )
-    assert got.tolist() == [int(compare(float(a), float(b))) for a, b in zip(LEFT, RIGHT)]
+    text = f"setp.{name}.f32 p, a, b; selp.b32 d, 1, 0, p;"
+    got = one(text, bits_of(LEFT), bits_of(RIGHT), dtype=np.uint32)
+    assert got.tolist() == [int(COMPARISONS[name](float(a), float(b))) for a, b in zip(LEFT, RIGHT)]
 
 
 def test_min_and_max_take_the_number_and_know_the_sign_of_zero():
@@ -212,8 +183,6 @@ def test_min_and_max_take_the_number_and_know_the_sign_of_zero():
         got = one(f"{name}.f32 d, a, b;", bits_of(LEFT), bits_of(RIGHT), dtype=np.uint32).view(np.float32)
         expected = [sign * np.float32(smaller(sign * a, sign * b)) for a, b in zip(LEFT, RIGHT)]
         assert_bits(got, expected, "f32", LEFT, RIGHT)
-        got = one(f"{name}.NaN.f32 d, a, b;", bits_of(LEFT), bits_of(RIGHT), dtype=np.uint32).view(np.float32)
-        assert_bits(got, np.where(np.isnan(LEFT) | np.isnan(RIGHT), np.nan, expected), "f32", LEFT, RIGHT)
 
 
 def test_abs_neg_and_copysign_touch_the_sign_bit_only():
@@ -231,13 +200,6 @@ def signed(x: int, bits: int) -> int:
 
 def truncated_quotient(a: int, b: int) -> int:
     return abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1)
-
-
-def bit_field(a: int, position: int, length: int, is_signed: bool) -> int:
-    """PTX ISA, bfe: as it is written there, bit by bit."""
-    position, length = position & 0xFF, length & 0xFF
-    top = 0 if not is_signed or length == 0 else a >> min(position + length - 1, 31) & 1
-    return sum((a >> position + i & 1 if i < length and position + i <= 31 else top) << i for i in range(32))
 
 
 def inserted(a: int, b: int, position: int, length: int) -> int:
@@ -262,11 +224,23 @@ INTEGERS = {
     "sub.s32 d, a, b;": lambda a, b, c: a - b,
     "mul.lo.s32 d, a, b;": lambda a, b, c: a * b,
     "mul.hi.u32 d, a, b;": lambda a, b, c: a * b >> 32,
-    "mul.hi.s32 d, a, b;": lambda a, b, c: signed(a, 32) * signed(b, 32) >> 32,
     "mad.lo.s32 d, a, b, c;": lambda a, b, c: a * b + c,
-    "mad.hi.u32 d, a, b, c;": lambda a, b, c: (a * b >> 32) + c,
+    "rem.s32 d, a, b;": lambda a, b, c: (
+        signed(a, 32) - truncated_quotient(signed(a, 32), signed(b, 32)) * signed(b, 32) if b else a
+    ),
+    "mad.wide.s32 y, a, b, 0; shr.u64 y, y, 24; cvt.u32.u64 d, y;": lambda a, b, c: (
+        signed(a, 32) * signed(b, 32) >> 24
+    ),
+    ".reg .b64 e; cvt.s64.s32 y, a; cvt.s64.s32 e, b; div.u64 y, y, e; cvt.u32.u64 d, y;": lambda a, b, c: (
+        (signed(a, 32) % 2**64) // (signed(b, 32) % 2**64) if b else -1
+    ),
+    "cvt.s64.s32 y, a; abs.s64 y, y; neg.s64 y, y; max.u64 y, y, 5; cvt.u32.u64 d, y;": lambda a, b, c: max(
+        -abs(signed(a, 32)) % 2**64, 5
+    ),
+    "setp.eq.b32 p, a, b; setp.ne.s32 q, c, 0; or.pred p, p, q; selp.b32 d, 1, 0, p;": lambda a, b, c: (
+        a == b or c != 0
+    ),
     "div.u32 d, a, b;": lambda a, b, c: a // b if b else -1,
-    "rem.u32 d, a, b;": lambda a, b, c: a % b if b else a,
     "div.s32 d, a, b;": lambda a, b, c: truncated_quotient(signed(a, 32), signed(b, 32)) if b else -1,
     "min.u32 d, a, b;": lambda a, b, c: min(a, b),
     "max.s32 d, a, b;": lambda a, b, c: max(signed(a, 32), signed(b, 32)),
@@ -276,54 +250,27 @@ INTEGERS = {
     "or.b32 d, a, b;": lambda a, b, c: a | b,
     "xor.b32 d, a, -1;": lambda a, b, c: ~a,
     "not.b32 d, a;": lambda a, b, c: ~a,
-    "lop3.b32 d, a, b, c, 0xB8;": lambda a, b, c: lop3(a, b, c, 0xB8),
-    "lop3.b32 d, a, b, c, 0x1E;": lambda a, b, c: a ^ (b | c),
-    "lop3.b32 d, a, b, c, 0xE8;": lambda a, b, c: a & b | b & c | a & c,
     "shl.b32 d, a, b;": lambda a, b, c: a << min(b, 32),
     "shr.u32 d, a, b;": lambda a, b, c: a >> min(b, 32),
     "shr.s32 d, a, b;": lambda a, b, c: signed(a, 32) >> min(b, 32),
-    "shf.l.wrap.b32 d, a, b, c;": lambda a, b, c: (b << 32 | a) << (c & 31) >> 32,
-    "shf.r.wrap.b32 d, a, b, c;": lambda a, b, c: (b << 32 | a) >> (c & 31),
-    "shf.l.clamp.b32 d, a, b, c;": lambda a, b, c: (b << 32 | a) << min(c, 32) >> 32,
-    "shf.r.clamp.b32 d, a, b, c;": lambda a, b, c: (b << 32 | a) >> min(c, 32),
     "prmt.b32 d, a, b, c;": permuted,
-    "bfe.u32 d, a, b, c;": lambda a, b, c: bit_field(a, b, c, False),
-    "bfe.s32 d, a, b, c;": lambda a, b, c: bit_field(a, b, c, True),
     "bfi.b32 d, a, b, c, 7;": lambda a, b, c: inserted(a, b, c, 7),
     "bfi.b32 d, a, b, 3, c;": lambda a, b, c: inserted(a, b, 3, c),
     "brev.b32 d, a;": lambda a, b, c: int(f"{a:032b}"[::-1], 2),
-    "popc.b32 d, a;": lambda a, b, c: a.bit_count(),
     "clz.b32 d, a;": lambda a, b, c: 32 - a.bit_length(),
-    "bfind.u32 d, a;": lambda a, b, c: a.bit_length() - 1,
     "bfind.shiftamt.u32 d, a;": lambda a, b, c: 32 - a.bit_length() if a else -1,
     "setp.lt.u32 p, a, b; selp.b32 d, a, b, p;": lambda a, b, c: min(a, b),
     "setp.lt.s32 p, a, b; selp.b32 d, a, b, p;": lambda a, b, c: min(signed(a, 32), signed(b, 32)),
-    "setp.hs.u32 p, a, b; selp.b32 d, a, b, p;": lambda a, b, c: max(a, b),
-    "setp.eq.b32 p, a, b; setp.ne.and.b32 q, c, 0, !p; selp.b32 d, 1, 0, q;": lambda a, b, c: (
-        a != b and c != 0
-    ),
     "setp.gt.s32 p, a, 0; not.pred q, p; @q mov.u32 a, 5; mov.u32 d, a;": lambda a, b, c: (
         a if signed(a, 32) > 0 else 5
     ),
-    "mul.wide.u16 d, 0xFFFF, 0xFFFF;": lambda a, b, c: 0xFFFF**2,
-    "cvt.s32.s8 d, a;": lambda a, b, c: signed(a, 8),
     "cvt.u32.u16 d, a;": lambda a, b, c: a & 0xFFFF,
-    "cvt.sat.u8.s32 d, a;": lambda a, b, c: min(max(signed(a, 32), 0), 255),
-    "cvt.sat.s16.u32 d, a;": lambda a, b, c: min(a, 32767),
     "mov.b64 y, {a, b}; shr.u64 y, y, 20; cvt.u32.u64 d, y;": lambda a, b, c: (b << 32 | a) >> 20,
     "mov.b64 y, {a, b}; mov.b64 {_, d}, y;": lambda a, b, c: b,
-    "cvt.s64.s32 y, a; mul.hi.s64 y, y, y; cvt.u32.u64 d, y;": lambda a, b, c: signed(a, 32) ** 2 >> 64,
-    "mov.b64 y, {a, b}; mul.hi.u64 y, y, y; cvt.u32.u64 d, y;": lambda a, b, c: (b << 32 | a) ** 2 >> 64,
-    "mov.b64 y, {a, b}; clz.b64 d, y;": lambda a, b, c: 64 - (b << 32 | a).bit_length(),
-    "mov.b64 y, {a, b}; brev.b64 y, y; cvt.u32.u64 d, y;": lambda a, b, c: int(f"{b:032b}"[::-1], 2),
     "mov.b64 y, {a, b}; shl.b64 y, y, c; shr.u64 y, y, 32; cvt.u32.u64 d, y;": lambda a, b, c: (
         (b << 32 | a) << min(c, 64) >> 32
     ),
 }
-
-
-def lop3(a: int, b: int, c: int, table: int) -> int:
-    return sum((table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i for i in range(32))
 
 
 @pytest.mark.parametrize("text", INTEGERS)
@@ -343,75 +290,38 @@ def test_integers_and_bits(text, seed):
     assert got.tolist() == expected
 
 
-@pytest.mark.parametrize("to", ["s32", "u32", "s64", "u64", "s16", "u8"])
-@pytest.mark.parametrize("rounding", ["rni", "rzi", "rmi", "rpi"])
 @given(seed=seeds)
-def test_float_to_integer_saturates(to, rounding, seed):
-    rng, bits = np.random.default_rng(seed), int(to[1:])
-    x = some_floats(rng, "f32")
-    near = (
-        2.0**bits * rng.choice([0.5, 1, -0.5, 2**-20], N) * rng.choice([1, 1 - 2**-24, 1 + 2**-23], N)
-    ).astype(np.float32)
-    x = np.where(rng.random(N) < 0.3, near, x)
-    stored = np.uint64 if bits == 64 else np.uint32
-    got = one(f"cvt.{rounding}.{to}.f32 d, a;", bits_of(x), dtype=stored)
-    round_ = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if to[0] == "s" else (0, 2**bits - 1)
+def test_float_to_integer_saturates(seed):
+    rng = np.random.default_rng(seed)
+    near = 2.0**31 * rng.choice([1, -1, 2**-20], N) * rng.choice([1, 1 - 2**-24, 1 + 2**-23], N)
+    x = np.where(rng.random(N) < 0.3, near.astype(np.float32), some_floats(rng, "f32"))
 
     def expected(v):
         if isnan(v):
-            return 2**63 if bits == 64 else 0
-        return (high if v > 0 else low) if isinf(v) else min(max(int(round_(v)), low), high)
+            return 0
+        return int(min(max(v, -(2**31)), 2**31 - 1))
 
-    assert got.tolist() == [expected(float(v)) & (2 ** (stored().itemsize * 8) - 1) for v in x]
+    got = one("cvt.rzi.s32.f32 d, a;", bits_of(x), dtype=np.int32)
+    assert got.tolist() == [expected(float(v)) for v in x]
 
 
-@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("opcode", ["cvt.rn.f32.s32", "cvt.rz.f32.s64"])
 @given(seed=seeds)
-def test_integer_to_float(kind, rounding, seed):
-    rng, bits = np.random.default_rng(seed), int(kind[1:])
+def test_integer_to_float(opcode, seed):
+    rng, bits = np.random.default_rng(seed), int(opcode[-2:])
     x = (rng.integers(0, 2**64, N, np.uint64) >> rng.integers(0, 64, N, np.uint64)).astype(BITS[bits // 8])
     ties = (rng.integers(2**23, 2**24, N) * 2 + 1 << 6) + rng.integers(-1, 2, N)
     x = np.where(rng.random(N) < 0.4, ties.astype(x.dtype), x)
-    got = one(f"cvt.{rounding}.f32.{kind} d, a;", x, dtype=np.float32)
-    values = [signed(v, bits) if kind[0] == "s" else v for v in x.tolist()]
-    assert_bits(got, [rounded(Fraction(v), False, "f32", rounding) for v in values], "f32", x)
-
-
-@pytest.mark.parametrize("opcode", ["rn.f16", "rz.f16", "rn.bf16", "rz.bf16"])
-@given(seed=seeds)
-def test_shorter_floats(opcode, seed):
-    rng, (rounding, kind) = np.random.default_rng(seed), opcode.split(".")
-    x, dtype = some_floats(rng, "f32"), FORMATS[kind][0]
-    ties = (
-        some_floats(rng, kind).astype(np.float32).view(np.uint32)
-        + rng.choice([0, 1, 0x1000, 0x8000, 0x7FFF], N).astype(np.uint32)
-    ).view(np.float32)
-    x = np.where(rng.random(N) < 0.5, ties, x)
-    got = one(f"cvt.{opcode}.f32 d, a;", bits_of(x), dtype=np.uint16)
-    with np.errstate(all="ignore"):
-        expected = [
-            rounded(Fraction(float(v)), np.signbit(v), kind, rounding) if isfinite(v) else dtype(v) for v in x
-        ]
-    assert_bits(got.view(dtype), expected, kind, x)
-    pair = one(f"cvt.{rounding}.{kind}x2.f32 d, a, b;", bits_of(x), bits_of(x[::-1].copy()), dtype=np.uint32)
-    np.testing.assert_array_equal(pair, got.astype(np.uint32) << 16 | got[::-1])
+    got, rounding = one(f"{opcode} d, a;", x, dtype=np.float32), opcode[4:6]
+    values = [Fraction(signed(v, bits)) for v in x.tolist()]
+    assert_bits(got, [rounded(v, False, "f32", rounding) for v in values], "f32", x)
 
 
 def test_longer_floats():
     halves = np.arange(2**16, dtype=np.uint16)
-    for kind in ("f16", "bf16"):
-        with np.errstate(invalid="ignore"):
-            expected = halves.view(FORMATS[kind][0]).astype(np.float32)
-        assert_bits(one(f"cvt.f32.{kind} d, a;", halves, dtype=np.float32), expected, "f32", halves)
-
-
-@pytest.mark.parametrize("rounding", ["rni", "rzi", "rmi", "rpi"])
-def test_whole_floats(rounding):
-    x = np.concatenate([some_floats(np.random.default_rng(0), "f32"), np.arange(-8, 8, 0.25, np.float32)])
-    round_ = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
-    assert_bits(one(f"cvt.{rounding}.f32.f32 d, a;", bits_of(x), dtype=np.float32), round_(x), "f32", x)
+    with np.errstate(invalid="ignore"):
+        expected = halves.view(np.float16).astype(np.float32)
+    assert_bits(one("cvt.f32.f16 d, a;", halves, dtype=np.float32), expected, "f32", halves)
 
 
 @given(seed=seeds)
@@ -427,18 +337,3 @@ def test_codes_are_those_of_the_emulator(seed):
     got = one("cvt.rn.satfinite.e4m3x2.f32 d, a, b;", high, low, dtype=np.uint16)
     codes = emulator.encode_e4m3(scaled).astype(np.uint16)
     np.testing.assert_array_equal(got, codes[:N] << 8 | codes[N:])
-
-
-def test_every_code_decodes():
-    codes = np.arange(2**16, dtype=np.uint16)
-    got = one("cvt.rn.f16x2.e4m3x2 d, a;", codes, dtype=np.uint32).view(np.float16).reshape(-1, 2)
-    for half, byte in ((0, codes & 0xFF), (1, codes >> 8)):
-        assert_bits(got[:, half].copy(), emulator.decode_e4m3(byte.astype(np.uint8)), "f16", codes)
-    pairs = np.arange(2**8, dtype=np.uint32)
-    got = (
-        one(".reg .b8 t; cvt.u8.u32 t, a; cvt.rn.f16x2.e2m1x2 d, t;", pairs, dtype=np.uint32)
-        .view(np.float16)
-        .reshape(-1, 2)
-    )
-    np.testing.assert_array_equal(got[:, 0], emulator.decode_e2m1((pairs & 15).astype(np.uint8)))
-    np.testing.assert_array_equal(got[:, 1], emulator.decode_e2m1((pairs >> 4).astype(np.uint8)))
