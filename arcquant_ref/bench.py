@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from emulator.jit import over_rows
 
 from . import layout
 from .augment import augment_activations
-from .formats import BLOCK, E2M1, E4M3, Float32
+from .formats import BLOCK, E2M1, E4M3, Float32, decode, encode
 from .gemm import matmul
 from .quantize import quantize, tensor_scale_of
 from .select import calibrate, select_top
@@ -29,6 +29,8 @@ from .tensor import NVFP4Tensor
 ROUNDS, SECONDS = 9, 2.0  # each case runs so often, or three times if that takes longer
 PAUSE = 0.2  # seconds before each product: BLAS threads of the one before keep spinning for a while
 Case = Callable[[], Any]
+Encode = Callable[[Float32], tuple[Any, Float32]]  # values → codes, and what they stand for
+Work = dict[str, tuple[float, str]]  # of each case: so many 10⁹, of what
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,24 @@ class Row:
         return self.work / self.median
 
 
-def run(size: int) -> list[Row]:
-    """All rows for (size, size) matrices and products of (size / 4)³, first calls and warm-up left out."""
-    return [
-        *_measure("quantize", *quantize_cases(size)),
-        *_measure("matmul", *matmul_cases(size // 4), PAUSE),
+@dataclass(frozen=True)
+class Group:
+    """What to time; the work in each case; and for each peer that cannot be called, why not."""
+
+    cases: dict[str, Case]
+    work: Work
+    missing: dict[str, str]
+
+
+def run(size: int) -> tuple[list[Row], dict[str, str]]:
+    """All rows for (size, size) matrices and products of (size / 4)³, first calls and warm-up left out; and
+    the peers that are missing, with the reason."""
+    quantizing, products = quantize_cases(size), matmul_cases(size // 4)
+    rows = [
+        *_measure("quantize", quantizing.cases, quantizing.work),
+        *_measure("matmul", products.cases, products.work, PAUSE),
     ]
+    return rows, quantizing.missing | products.missing
 
 
 def growth(size: int) -> list[Row]:
@@ -72,11 +86,8 @@ def growth(size: int) -> list[Row]:
     return rows
 
 
-Work = dict[str, tuple[float, str]]
-
-
-def quantize_cases(n: int) -> tuple[dict[str, Case], Work]:
-    """What to time, and the work in it: all read one (n, n) float32 matrix unless the name says bf16."""
+def quantize_cases(n: int) -> Group:
+    """All read one (n, n) float32 matrix unless the name says bf16, and the slowest n / 8 rows of it."""
     x = _normal(n, n)
     scale = tensor_scale_of(x)
     bf16 = (x.view(np.uint32) >> 16).astype(np.uint16)
@@ -95,13 +106,23 @@ def quantize_cases(n: int) -> tuple[dict[str, Case], Work]:
         "emulator.augment_weights, S = K/8": lambda: emulator.augment_weights(x, selection),
         "arcquant_ref.quantize": lambda: quantize(x),
         "arcquant_ref.augment_activations": lambda: augment_activations(x, selection),
-        **_ml_dtypes(x, scale),
-        **_torchao(x, scale),
     }
-    return cases, {name: ((2 if "bf16" in name else 4) * n * n / 1e9, "GB/s read") for name in cases}
+    peers, missing = _installed(
+        {
+            "ml_dtypes": lambda: _ml_dtypes(x, scale),
+            "torchao": lambda: _torchao(x, scale),
+            "nvidia-modelopt": lambda: _modelopt(x, scale),
+        }
+    )
+    slow, slow_missing = _installed({"gfloat": lambda: _gfloat(x[: n // 8], scale)})
+    slow |= _argmin(x[: n // 8], scale)
+    read = {name: (2 if "bf16" in name else 4) * n * n / 1e9 for name in cases | peers}
+    read |= {name: 4 * n * (n // 8) / 1e9 for name in slow}
+    work = {name: (w, "GB/s read") for name, w in read.items()}
+    return Group(cases | peers | slow, work, missing | slow_missing)
 
 
-def matmul_cases(n: int) -> tuple[dict[str, Case], Work]:
+def matmul_cases(n: int) -> Group:
     """The product of two (n, n) tensors, exact in some rows and a tensor core's bits in others."""
     a, b = emulator.quantize(_normal(n, n)), emulator.quantize(_normal(n, n, seed=1))
     far_a, far_b = (q.map(np.copy) for q in (a, b))
@@ -121,44 +142,96 @@ def matmul_cases(n: int) -> tuple[dict[str, Case], Work]:
     }
     work = {name: 2 * n**3 / 1e9 for name in cases}
     work |= {name: 2 * small**2 * n / 1e9 for name in list(cases)[-2:]}
-    sim = _mmasim(part[0], part[1])
-    return cases | sim, {name: (w, "GFLOP/s") for name, w in work.items()} | {
-        name: (2 * 16 * 8 * n / 1e9, "GFLOP/s") for name in sim
-    }
+    sim, missing = _installed({"mmasim": lambda: _mmasim(part[0], part[1])})
+    work |= {name: 2 * 16 * 8 * n / 1e9 for name in sim}
+    return Group(cases | sim, {name: (w, "GFLOP/s") for name, w in work.items()}, missing)
+
+
+def _installed(peers: dict[str, Callable[[], dict[str, Case]]]) -> tuple[dict[str, Case], dict[str, str]]:
+    """The cases of the peers that are there, and why the others are not: {distribution: reason}."""
+    cases: dict[str, Case] = {}
+    missing: dict[str, str] = {}
+    for distribution, make in peers.items():
+        try:
+            cases |= make()
+        except (ImportError, AttributeError) as error:  # AttributeError: a release without that function
+            missing[distribution] = str(error)
+    return cases, missing
+
+
+def _in_numpy(x: Float32, scale: np.float32, to_e4m3: Encode, to_e2m1: Encode) -> tuple[Any, Any]:
+    """Section 3 of docs/spec.md as one would write it in NumPy with these encoders: (codes, block scales)."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    v = np.abs(blocks).max(axis=-1) / np.float32(E2M1.max) / scale
+    scales, decoded = to_e4m3(np.clip(v, np.float32(E4M3.least_positive), np.float32(E4M3.max)))
+    t = blocks / (decoded * scale)[..., None]
+    return to_e2m1(np.clip(t, -np.float32(E2M1.max), np.float32(E2M1.max)))[0], scales
 
 
 def _ml_dtypes(x: Float32, scale: np.float32) -> dict[str, Case]:
-    """Section 3 of docs/spec.md in NumPy with ml_dtypes' conversions, as one would write it."""
-    ml_dtypes = _optional("ml_dtypes")
-    if ml_dtypes is None:
-        return {}
+    ml_dtypes = import_module("ml_dtypes")
 
-    def quantize_with_ml_dtypes() -> Any:
-        blocks = x.reshape(len(x), -1, BLOCK)
-        v = np.abs(blocks).max(axis=-1) / np.float32(E2M1.max) / scale
-        scales = np.clip(v, np.float32(E4M3.least_positive), np.float32(E4M3.max)).astype(
-            ml_dtypes.float8_e4m3fn
-        )
-        step = scales.astype(np.float32) * scale
-        return np.clip(blocks / step[..., None], -6, 6).astype(ml_dtypes.float4_e2m1fn), scales
+    def to(dtype: Any) -> Encode:
+        def encode(values: Float32) -> tuple[Any, Float32]:
+            codes = values.astype(dtype)
+            return codes, codes.astype(np.float32)
 
-    return {f"NumPy, ml_dtypes {ml_dtypes.__version__}, 1 thread, static": quantize_with_ml_dtypes}
+        return encode
+
+    encoders = to(ml_dtypes.float8_e4m3fn), to(ml_dtypes.float4_e2m1fn)
+    name = f"NumPy, ml_dtypes {ml_dtypes.__version__}, 1 thread, static"
+    return {name: lambda: _in_numpy(x, scale, *encoders)}
+
+
+def _gfloat(x: Float32, scale: np.float32) -> dict[str, Case]:
+    gfloat, formats = import_module("gfloat"), import_module("gfloat.formats")
+
+    def to(fmt: Any) -> Encode:
+        def encode(values: Float32) -> tuple[Any, Float32]:
+            rounded = gfloat.round_ndarray(fmt, values, sat=True)
+            return gfloat.encode_ndarray(fmt, rounded), rounded.astype(np.float32)
+
+        return encode
+
+    encoders = to(formats.format_info_ocp_e4m3), to(formats.format_info_ocp_e2m1)
+    name = f"NumPy, gfloat {metadata.version('gfloat')}, 1 thread, static"
+    return {name: lambda: _in_numpy(x, scale, *encoders)}
+
+
+def _argmin(x: Float32, scale: np.float32) -> dict[str, Case]:
+    """The nearest of all values of E2M1, found by its distance to each of them: ARCQuant's fake quantization.
+    Of two at the same distance the first in the table, so ties are not rounded to even."""
+    values = decode(E2M1, np.arange(2**E2M1.bits, dtype=np.uint8))
+
+    def to_e4m3(v: Float32) -> tuple[Any, Float32]:
+        codes = encode(E4M3, v)
+        return codes, decode(E4M3, codes)
+
+    def to_e2m1(t: Float32) -> tuple[Any, Float32]:
+        codes = np.abs(t[..., None] - values).argmin(axis=-1)
+        return codes, values[codes]
+
+    return {"NumPy, argmin over the values, 1 thread": lambda: _in_numpy(x, scale, to_e4m3, to_e2m1)}
 
 
 def _torchao(x: Float32, scale: np.float32) -> dict[str, Case]:
-    torch, nvfp4 = _optional("torch"), _optional("torchao.prototype.mx_formats.nvfp4_tensor")
-    if torch is None or not hasattr(nvfp4, "nvfp4_quantize"):
-        return {}
+    torch, nvfp4 = import_module("torch"), import_module("torchao.prototype.mx_formats.nvfp4_tensor")
+    tensor, tensor_scale, function = torch.from_numpy(x), torch.tensor(scale), nvfp4.nvfp4_quantize
+    name = f"torchao {metadata.version('torchao')}, packed, static"
+    return {name: lambda: function(tensor, BLOCK, tensor_scale)}
+
+
+def _modelopt(x: Float32, scale: np.float32) -> dict[str, Case]:
+    torch, qtensor = import_module("torch"), import_module("modelopt.torch.quantization.qtensor")
+    quantize_with = qtensor.NVFP4QTensor.quantize
     tensor, tensor_scale = torch.from_numpy(x), torch.tensor(scale)
-    name = f"torchao {import_module('torchao').__version__}, packed, static"
-    return {name: lambda: nvfp4.nvfp4_quantize(tensor, BLOCK, tensor_scale)}
+    name = f"ModelOpt {metadata.version('nvidia-modelopt')}, packed, static"
+    return {name: lambda: quantize_with(tensor, BLOCK, weights_scaling_factor_2=tensor_scale)}
 
 
 def _mmasim(a: NVFP4Tensor, b: NVFP4Tensor) -> dict[str, Case]:
     """One 16 × 8 tile, chained over K."""
-    torch, nv = _optional("torch"), _optional("mmasim.nv_ptx.sim")
-    if torch is None or nv is None:
-        return {}
+    torch, nv = import_module("torch"), import_module("mmasim.nv_ptx.sim")
     mma = nv.MMABlockScale("RTX Blackwell", "m16n8k64.kind::mxf4nvf4.block16.f32.e2m1.e2m1.f32.ue4m3")
     (x, sfa), (w, sfb) = (
         (torch.from_numpy(layout.pack(q.codes[:r])), torch.from_numpy(q.block_scales[:r].copy()))
@@ -211,6 +284,11 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines[1:])
 
 
+def not_there(missing: dict[str, str]) -> str:
+    """One line that names the peers that were not timed, or an empty one."""
+    return f"not timed: {', '.join(f'{name} ({why})' for name, why in missing.items())}" if missing else ""
+
+
 def machine() -> dict[str, str]:
     """What a time depends on."""
     blas: dict[str, Any] = next((pool for pool in threadpool_info() if pool["user_api"] == "blas"), {})
@@ -234,10 +312,3 @@ def _processor() -> str:
 
 def _normal(rows: int, columns: int, seed: int = 0) -> Float32:
     return np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
-
-
-def _optional(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError:
-        return None

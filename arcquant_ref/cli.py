@@ -222,13 +222,15 @@ def run_bench(args: argparse.Namespace) -> None:
     backends.get("emulator")  # or the reason why not
     from . import bench
 
-    rows, machine = bench.run(args.size), bench.machine()
+    (rows, missing), machine = bench.run(args.size), bench.machine()
     grown = bench.growth(args.size) if args.plot else []
     if args.json:
-        _print_json({"machine": machine, "rows": [asdict(row) for row in rows + grown]})
+        _print_json({"machine": machine, "rows": [asdict(row) for row in rows + grown], "not_timed": missing})
     else:
         _print_tree(machine)
         print("\n" + bench.table(rows))
+        if missing:
+            print("\n" + bench.not_there(missing))
     if args.plot:
         from .plots import growth_figure
 

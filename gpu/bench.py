@@ -40,22 +40,29 @@ PRODUCTS = ("exact", "fast", "quantize + exact", "quantize + fast")
 
 
 class Gpu(NamedTuple):
-    """Stated peaks. A rate of tensor cores is SMs · boost clock · operations per SM and clock."""
+    """Stated peaks."""
 
     bytes_per_second: float
     fp16: float  # with float32 accumulation, dense
     fp4: float | None
     source: str
+    multiprocessors: int
+    clock: float
+
+
+def _gpu(
+    bytes_per_second: float, multiprocessors: int, clock: float, fp16: int, fp4: int | None, source: str
+) -> Gpu:
+    """From the operations of tensor cores for each multiprocessor and boost clock."""
+    clocks = multiprocessors * clock
+    return Gpu(bytes_per_second, clocks * fp16, fp4 and clocks * fp4, source, multiprocessors, clock)
 
 
 GPUS = {
-    "H100 SXM": Gpu(3.35e12, 132 * 1.83e9 * 4096, None, "NVIDIA H100 data sheet"),
-    "RTX 5090": Gpu(  # it adds fp16 products to float32 at half rate
-        1.792e12, 170 * 2.407e9 * 512, 170 * 2.407e9 * 4096, "NVIDIA RTX Blackwell white paper"
-    ),
-    "RTX PRO 6000": Gpu(
-        1.792e12, 188 * 2.617e9 * 1024, 188 * 2.617e9 * 4096, "NVIDIA RTX PRO Blackwell white paper"
-    ),
+    "H100 SXM": _gpu(3.35e12, 132, 1.83e9, 4096, None, "NVIDIA H100 data sheet"),
+    # it adds fp16 products to float32 at half rate
+    "RTX 5090": _gpu(1.792e12, 170, 2.407e9, 512, 4096, "NVIDIA RTX Blackwell white paper"),
+    "RTX PRO 6000": _gpu(1.792e12, 188, 2.617e9, 1024, 4096, "NVIDIA RTX PRO Blackwell white paper"),
 }
 
 

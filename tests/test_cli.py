@@ -333,11 +333,17 @@ def test_bench_prints_ratios_and_draws_the_growth(capsys, monkeypatch):
         "emulator.quantize",
         "numpy float32 matmul",
         "emulator.matmul",
+        "argmin over the values",
     ):
         assert word in out
+    for peer, shown in {"gfloat": "gfloat", "ml_dtypes": "ml_dtypes", "nvidia-modelopt": "ModelOpt"}.items():
+        assert (f"{shown} " in out.split("not timed")[0]) != (f"{peer} (" in out.split("not timed")[-1])
     with open("growth.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
-    rows = json.loads(run(capsys, "bench --size 512 --json"))["rows"]
+    found = json.loads(run(capsys, "bench --size 512 --json"))
+    rows, missing = found["rows"], found["not_timed"]
+    for peer, shown in {"gfloat": "gfloat", "mmasim": "mmasim", "nvidia-modelopt": "ModelOpt"}.items():
+        assert any(shown in row["name"] for row in rows) != (peer in missing)
     assert {row["group"] for row in rows} == {"quantize", "matmul"}
     for row in rows:
         assert 0 < row["best"] <= row["median"] <= row["worst"]

@@ -74,7 +74,7 @@ def test_bytes_and_operations(case, moved, flops):
 
 
 def test_floor_times():
-    gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=4e14, source="")
+    gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=4e14, source="", multiprocessors=1, clock=1e9)
     small, large = (bench.Case("exact", m, 4096, 4096) for m in (1, 8192))
     assert small.floor(gpu) == small.bytes / 1e12
     assert large.floor(gpu) == large.flops / 4e14

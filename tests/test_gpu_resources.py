@@ -1,0 +1,74 @@
+"""gpu.resources: occupancy by hand, every kernel in the table, and the page that shows what it prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+from support import cuda_compiler
+
+from gpu import bench, load, resources
+
+cuda_compiler()
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "docs/results/bench_h100.json"
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "threads", "shared_bytes", "blocks"),
+    [
+        ("90a", 254, 256, 0, 1),  # 8192 registers a warp: two in each of four partitions, one block of eight
+        ("90a", 128, 256, 0, 2),
+        ("90a", 64, 256, 0, 4),  # what __launch_bounds__(256, 4) asks for
+        ("90a", 65, 256, 0, 3),  # 72 · 32 are allocated: seven warps a partition
+        ("90a", 32, 256, 0, 8),  # all 64 warps
+        ("90a", 16, 32, 0, 32),  # no more blocks than 32
+        ("90a", 16, 256, 73728, 3),  # 3 · (72 + 1) KiB of 228
+        ("120a", 32, 256, 0, 6),  # 48 warps
+        ("120a", 16, 32, 0, 24),
+        ("120a", 16, 256, 49 * 1024, 2),  # 2 · 50 KiB of 100
+        ("120a", 16, 256, 49 * 1024 + 1, 1),
+    ],
+)
+def test_occupancy(arch, registers, threads, shared_bytes, blocks):
+    assert resources.blocks_at_once(arch, registers, threads, shared_bytes) == blocks
+
+
+def test_the_best_of_a_design_counts_its_last_round():
+    gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=None, source="", multiprocessors=10, clock=1e9)
+    case = bench.Case("fast", 4096, 28672, 4096)
+    floor = case.flops / 1e14
+    assert resources.least(case, gpu, places=10, blocks=20) == (floor, floor)
+    assert resources.least(case, gpu, places=10, blocks=15) == (floor, pytest.approx(floor * 2 / 1.5))
+    few = bench.Case("fast", 1, 28672, 4096)
+    assert resources.least(few, gpu, 10, 15) == (few.bytes / 1e12, few.bytes / 1e12)
+    assert resources.least(2_000_000, gpu, 1, 1) == (2e-6, 2e-6)
+
+
+@pytest.mark.parametrize("arch", resources.ON)
+def test_every_kernel_but_the_probes_is_in_the_table_for_bfloat16(arch):
+    shown = [of.kernel for of in resources.launches(arch)]
+    assert len(set(shown)) == len(shown)
+    assert set(shown) <= set(resources.WORK)
+    sources = {path.stem for path in load.SOURCES.glob("*.cu")} - {"probe"}
+    kernels = {k for source in sources for k in load.compiled(source, arch).kernels}
+    missing = kernels - set(shown)
+    assert {re.sub("_f(16|32)$", "_bf16", name) for name in missing} <= set(shown)
+    for of in resources.launches(arch):
+        assert of.kernel in load.compiled(of.source, arch).kernels
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (ROOT / "docs/performance.md").read_text()
+    stated = re.search(r"compiled by NVRTC ([\d.]+)\.", page)[1]
+    version = ".".join(map(str, load.nvrtc()[1]))
+    if stated != version:
+        pytest.skip(f"the page is of NVRTC {stated}, here is {version}: it allocates registers otherwise")
+    assert resources.main(["--measured", str(RECORD)]) == 0
+    assert f"```\n{capsys.readouterr().out}```" in page
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    assert resources.main(["--measured", str(path)]) == 2
+    assert f"gpu.resources: {path} is not a record of gpu.bench --json" in capsys.readouterr().err
