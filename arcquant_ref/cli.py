@@ -47,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(args: argparse.Namespace) -> int:
     _require_suffix(args.plot, ".png")
-    if args.plot:  # before anything is shown: importing takes seconds, and Ctrl-C is lost in some of it
-        from .plots import demo_figure
     layers = sample.load_sample(args.sample)
     rows = [demo.run(layer) for layer in tqdm(layers, "layers", disable=None)]
     if args.json:
@@ -57,6 +55,8 @@ def run_demo(args: argparse.Namespace) -> int:
         print(*(demo.table(layer, group) for layer, group in zip(layers, rows)), sep="\n\n")
         print("\n" + demo.summary(row for group in rows for row in group))
     if args.plot:
+        from .plots import demo_figure
+
         figure = demo_figure(layers)
         with written_whole(args.plot) as file:
             figure.savefig(file, format="png", dpi=120)

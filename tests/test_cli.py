@@ -312,6 +312,9 @@ def test_ctrl_c_leaves_no_half_written_file():
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it
     )
     process.stdout.readline()  # the table is coming: the picture is being drawn
     time.sleep(0.2)
