@@ -19,6 +19,7 @@ import emulator
 import gpu
 from arcquant_ref import NVFP4Tensor, Selection, layout, select_top
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from arcquant_ref.quantize import exact_values
 from emulator.formats import bits_of, f32, float_of, nearest_e2m1, u32
 from emulator.jit import fma, kernel, over_rows
 from gpu import arrays, launch
@@ -116,6 +117,33 @@ def test_same_bytes_where_a_thread_block_has_several_rows(face, rows, k, s):
     selection = select_top(np.abs(x).max(axis=0), s)
     for function in ("augment_activations", "augment_weights"):
         assert_same_tensor(getattr(face, function)(x, selection), getattr(emulator, function)(x, selection))
+
+
+def residuals_on_ties(tensor_scale: np.float32) -> np.ndarray:
+    """Blocks whose residuals, exactly, lie within an ulp of a midpoint of their own scale: the direction in
+    which one of them is rounded decides its code."""
+    rows = []
+    for scale, second in ((1.625, 0.28125), (1.25, 0.203125), (1.875, 0.3125), (1.0, 0.171875)):
+        x = [code * scale + midpoint * second for code in (0, 2, 4, 6) for midpoint in E2M1.midpoints]
+        near = neighbours((np.float64(x) * np.float64(tensor_scale)).astype(np.float32))
+        near = np.append(near, np.zeros(-len(near) % 14, np.float32)).reshape(-1, 14)
+        sets = np.float32([6 * scale, 4 * scale + 5.9 * second]) * tensor_scale  # both scales
+        rows.append(np.hstack([np.tile(sets, (len(near), 1)), near]))
+    return np.vstack(rows)
+
+
+@on_every_device
+def test_a_residual_is_rounded_to_nearest(face):
+    everything, told_apart = select_top(np.ones(BLOCK, np.float32), BLOCK), 0
+    for tensor_scale in np.random.default_rng(0).uniform(1, 2, 40).astype(np.float32):
+        x = residuals_on_ties(tensor_scale)
+        expected = arcquant_ref.augment_activations(x, everything, tensor_scale)
+        assert_same_tensor(face.augment_activations(x, everything, tensor_scale), expected)
+        r = x - exact_values(arcquant_ref.quantize(x[:, everything.order], tensor_scale))
+        cut = np.where(np.abs(r.astype(np.float32)) > np.abs(r), np.nextafter(r.astype(np.float32), 0), r)
+        other = arcquant_ref.quantize(cut.astype(np.float32), tensor_scale)
+        told_apart += int((other.codes != expected.codes[:, BLOCK:]).sum())
+    assert told_apart > 10  # codes that a residual rounded toward zero would get
 
 
 @kernel
