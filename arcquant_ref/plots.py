@@ -1,6 +1,7 @@
 """Pictures. Each function returns a figure; matplotlib is imported only here."""
 
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +18,15 @@ from .sample import Layer
 from .select import TAU, calibrate, select, select_top
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colour-blind-safe set
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure in a notebook; `alt` says in words what to see, below it and as the image's text."""
+    from IPython.display import Image, Markdown, display
+
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=100)
+    display(Image(png.getvalue(), alt=alt), Markdown(f"*{alt}*"))
 
 
 def demo_figure(layers: Sequence[Layer]) -> Figure:
