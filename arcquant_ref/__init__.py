@@ -4,7 +4,7 @@ from . import bounds, layout
 from .augment import augment_activations, augment_weights, rmsnorm, rmsnorm_augment_activations
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
 from .gemm import linear, matmul
-from .quantize import dequantize, quantize
+from .quantize import dequantize, quantize, quantize_weighted
 from .select import Selection, calibrate, select, select_top
 from .tensor import NVFP4Tensor
 
@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "matmul",
     "quantize",
+    "quantize_weighted",
     "rmsnorm",
     "rmsnorm_augment_activations",
     "select",

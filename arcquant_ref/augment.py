@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import checks
 from .formats import BLOCK, Float32, Float64
-from .quantize import exact_values, quantize, residual
+from .quantize import exact_values, quantize, quantize_weighted, residual
 from .select import Selection
 from .tensor import NVFP4Tensor
 
@@ -18,10 +18,11 @@ def augment_activations(
     """(M, K) activations → (M, K + S): channels in selection order, the last S of them with their residual.
 
     The residual is quantized with the tensor scale of the primary codes: the GEMM has only one. With S = 0
-    this is quantize(x[:, order]). Arguments and errors as in `quantize`; TypeError for a selection of another
-    type, ValueError for one made for another K. Source: arXiv 2601.07475.
+    this is quantize(x[:, order]). A selection with weight channels stores these once more, before the last S:
+    (M, K + S + S_w). Arguments and errors as in `quantize`; TypeError for a selection of another type,
+    ValueError for one made for another K. Source: arXiv 2601.07475; the weight channels are ours.
     """
-    x = reordered("x", x, selection)
+    x = matching("x", x, selection)[:, selection.columns]
     primary = quantize(x, tensor_scale)
     if selection.num_residual == 0:
         return primary
@@ -81,33 +82,47 @@ def rmsnorm_augment_activations(
     return augment_activations(rmsnorm(x, weight, epsilon), selection, tensor_scale)
 
 
-def augment_weights(w: ArrayLike, selection: Selection) -> NVFP4Tensor:
+def augment_weights(w: ArrayLike, selection: Selection, energy: ArrayLike | None = None) -> NVFP4Tensor:
     """(N, K) weights → (N, K + S): channels in selection order, codes and scale bytes of the last S twice.
 
-    Arguments and errors as in `augment_activations`.
+    Before them, where the activations of the weight channels stand a second time, their weights' residual,
+    (N, K + S + S_w). With `energy` (K,), the mean of x² of each channel, block scales are searched
+    (`quantize_weighted`). Arguments and errors as in `augment_activations` and there.
     """
-    primary = quantize(reordered("w", w, selection))
+    w, order = matching("w", w, selection)[:, selection.order], selection.order
+    if energy is not None:
+        energy = checks.channel_energy(energy, selection.K)
+    primary = quantize(w) if energy is None else quantize_weighted(w, energy[order])
+    repaired, scale = selection.weight_channels, primary.tensor_scale
+    if len(repaired):
+        r = residual(w, primary)[:, np.argsort(order)[repaired]]
+        second = quantize(r, scale) if energy is None else quantize_weighted(r, energy[repaired], scale)
+        block, plain = np.arange(selection.K // BLOCK), (selection.K - selection.num_residual) // BLOCK
+        before_last_s = np.insert(block, plain, len(block) + np.arange(len(repaired) // BLOCK))
+        primary = _take(concatenate(primary, second), before_last_s)
     if selection.num_residual == 0:
         return primary
     return interleave(primary, _take(primary, slice(-selection.num_residual // BLOCK, None)))
 
 
-def reordered(name: str, x: ArrayLike, selection: Selection) -> Float32:
-    """(M, K) → (M, K) float32 in selection order; errors as in `augment_activations`."""
+def matching(name: str, x: ArrayLike, selection: Selection) -> Float32:
+    """(M, K) float32 that this selection was made for; errors as in `augment_activations`."""
     x = checks.matrix(name, x, BLOCK)
     checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     checks.selection_fits(name, x.shape[1], selection.K)
-    return x[:, selection.order]
+    return x
+
+
+def concatenate(left: NVFP4Tensor, right: NVFP4Tensor) -> NVFP4Tensor:
+    """Two tensors of one tensor scale side by side along K."""
+    codes = np.concatenate([left.codes, right.codes], axis=1)
+    block_scales = np.concatenate([left.block_scales, right.block_scales], axis=1)
+    return replace(left, codes=codes, block_scales=block_scales)
 
 
 def interleave(primary: NVFP4Tensor, extra: NVFP4Tensor) -> NVFP4Tensor:
     """(M, K) and (M, S) → (M, K + S) in blocks of 16: P … P, then P₀ E₀ P₁ E₁ … for its last S channels."""
-    both = replace(
-        primary,
-        codes=np.concatenate([primary.codes, extra.codes], axis=1),
-        block_scales=np.concatenate([primary.block_scales, extra.block_scales], axis=1),
-    )
-    return _take(both, _block_order(primary.shape[1], extra.shape[1]))
+    return _take(concatenate(primary, extra), _block_order(primary.shape[1], extra.shape[1]))
 
 
 def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor | None]:
@@ -127,14 +142,16 @@ def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor |
 def merge(q: NVFP4Tensor, selection: Selection) -> Float64:
     """The activations the GEMM sees, (M, K) float64 in the original channel order: primary plus residual.
 
-    Errors as in `split`; ValueError for a q that was not augmented with this selection's K and S.
+    What is stored a second time for the weight channels is left out. Errors as in `split`; ValueError for a q
+    that was not augmented with this selection's K, S and weight channels.
     """
     checks.is_a("selection", selection, Selection, "It is the one q was augmented with.")
-    checks.augmented(q.shape[1], selection.K, selection.num_residual)
+    checks.augmented(q.shape[1], selection.K, selection.augmented_K - selection.K)
     primary, extra = split(q, selection.num_residual)
-    values = exact_values(primary)
+    values, plain = exact_values(primary), selection.K - selection.num_residual
+    values = np.delete(values, np.s_[plain : plain + len(selection.weight_channels)], axis=1)
     if extra is not None:
-        values[:, selection.K - selection.num_residual :] += exact_values(extra)
+        values[:, plain:] += exact_values(extra)
     return values[:, np.argsort(selection.order)]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
-from .augment import augment_activations, augment_weights, merge, reordered, split
+from .augment import augment_activations, augment_weights, matching, merge, split
 from .formats import BLOCK, E2M1, E4M3, Float64, FloatFormat, decode
 from .gemm import UNIT, integer_values, matmul
 from .quantize import exact_values, quantize
@@ -151,12 +151,18 @@ def element_bounds(
     if selection is None:
         x = checks.matrix("x", x, BLOCK)
         return np.repeat(nvfp4_bound(block_amax(x), tensor_scale), BLOCK, axis=1)
-    amax = block_amax(reordered("x", x, selection))
-    bounds = nvfp4_bound(amax, tensor_scale)
-    with_residual = slice((selection.K - selection.num_residual) // BLOCK, None)
+    bounds, plain = _column_bounds(x, selection, tensor_scale), selection.K - selection.num_residual
+    again = np.s_[plain : plain + len(selection.weight_channels)]
+    return np.delete(bounds, again, axis=1)[:, np.argsort(selection.order)]
+
+
+def _column_bounds(x: ArrayLike, selection: Selection, tensor_scale: float | np.float32) -> Float64:
+    """The same for `selection.columns` of x, (M, K + S_w)."""
+    amax = block_amax(matching("x", x, selection)[:, selection.columns])
+    bounds, first = nvfp4_bound(amax, tensor_scale), amax.shape[1] - selection.num_residual // BLOCK
     if selection.num_residual:
-        bounds[:, with_residual] = arc_bound(amax[:, with_residual], tensor_scale)
-    return np.repeat(bounds, BLOCK, axis=1)[:, np.argsort(selection.order)]
+        bounds[:, first:] = arc_bound(amax[:, first:], tensor_scale)
+    return np.repeat(bounds, BLOCK, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +217,8 @@ class Certificate:
     """|y − ŷ| <= activation + weight + accumulation for every output of y = x wᵀ, each (M, N) float64.
 
     activation    Σ_k bound(x[m, k]) · |ŵ[n, k]|: from the amax of each block of x alone
-    weight        Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|, known offline but for x; ARC does not make it smaller
+    weight        Σ_k |x[m, k]| · |w[n, k] − ŵ[n, k]|, known offline but for x; ARC does not make it smaller,
+                  residuals of the weights do: of a weight channel, ŵ is both of its columns together
     accumulation  rounding of the product, by any backend; and of the float64 sums here
     y, y_hat      x wᵀ in float64, and the product that was given or is the reference's
     """
@@ -243,12 +250,14 @@ def certify(
     w: ArrayLike,
     selection: Selection | None = None,
     tensor_scale: float | np.float32 | None = None,
+    energy: ArrayLike | None = None,
 ) -> Certificate:
     """The bound on every output of a W4A4 layer, from x (M, K), w (N, K) and the selection.
 
-    x and w count as float32. It holds for `matmul` of the augmented operands (of the plain ones without a
-    selection) by every backend; `y_hat` is the reference's.
-    Dtypes and errors as in `augment_activations`; ValueError for different K. docs/bounds.md derives it.
+    With `energy` the weights are augment_weights(w, selection, energy). x and w count as float32. It holds
+    for `matmul` of the augmented operands (of the plain ones without a selection) by every backend; `y_hat`
+    is the reference's. Dtypes and errors as in `augment_activations`; ValueError for different K.
+    docs/bounds.md derives it.
 
     >>> x, w = np.eye(2, 32), np.eye(3, 32)
     >>> certificate = certify(x, w)
@@ -259,12 +268,25 @@ def certify(
     checks.same_depth("x", x.shape[1], "w", w.shape[1])
     if selection is None:
         a, b = quantize(x, tensor_scale), quantize(w)
-        w_hat = exact_values(b)
+        x_bounds, w_hat = element_bounds(x, a.tensor_scale), exact_values(b)
     else:
-        a, b = augment_activations(x, selection, tensor_scale), augment_weights(w, selection)
-        w_hat = exact_values(split(b, selection.num_residual)[0])[:, np.argsort(selection.order)]
-    x_bounds = element_bounds(x, a.tensor_scale, selection)
+        a, b = augment_activations(x, selection, tensor_scale), augment_weights(w, selection, energy)
+        x, x_bounds = x[:, selection.columns], _column_bounds(x, selection, a.tensor_scale)
+        w_hat = exact_values(split(b, selection.num_residual)[0])
+        w = _split_weights(w, w_hat, selection)
     return certify_values(x, w, x_bounds, w_hat, matmul(a, b), accumulation_bound(a, b))
+
+
+def _split_weights(w: NDArray, w_hat: Float64, selection: Selection) -> Float64:
+    """w as (N, K + S_w) columns that multiply `selection.columns` of x: a weight channel is w − r̂ where it
+    stands first and r̂, its quantized residual, where it stands again. Their sum is w."""
+    plain, repaired = selection.K - selection.num_residual, selection.weight_channels
+    again = slice(plain, plain + len(repaired))
+    remaining = w.astype(np.float64)
+    remaining[:, repaired] -= w_hat[:, again]
+    columns = remaining[:, selection.columns]
+    columns[:, again] = w_hat[:, again]
+    return columns
 
 
 def certify_values(

@@ -147,12 +147,12 @@ def has_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> N
         raise ValueError(f"{name} has shape {shape}; one MMA takes {expected}. Cut or pad it to that.")
 
 
-def augmented(k_prime: int, k: int, s: int) -> None:
-    """A tensor of depth K' was augmented with a selection of K channels, S of them with residuals."""
-    if k_prime != k + s:
+def augmented(k_prime: int, k: int, residuals: int) -> None:
+    """A tensor of depth K' was augmented with a selection of K channels and this many residual channels."""
+    if k_prime != k + residuals:
         raise ValueError(
-            f"q has K={k_prime}, but a selection of {k} channels with {s} residuals makes {k + s}. "
-            f"Augment with the same selection, or leave it out for a plain tensor."
+            f"q has K={k_prime}, but a selection of {k} channels with {residuals} residuals makes "
+            f"{k + residuals}. Augment with the same selection, or leave it out for a plain tensor."
         )
 
 
@@ -207,6 +207,24 @@ def channel_order(order: Any) -> NDArray[np.int64]:
     return order.astype(np.int64)
 
 
+def weight_channels(channels: Any, k: int, block: int) -> NDArray[np.int64]:
+    """Different channels of 0 … K−1, a multiple of `block` of them."""
+    channels = np.asarray(channels)
+    if channels.ndim != 1 or (channels.dtype.kind not in "iu" and len(channels)):
+        raise TypeError(
+            f"weight_channels has shape {channels.shape} and dtype {channels.dtype}; it must be a list of "
+            f"channel numbers."
+        )
+    outside = int(((channels < 0) | (channels >= k)).sum())
+    repeated = len(channels) - len(np.unique(channels))
+    if len(channels) % block or outside or repeated:
+        raise ValueError(
+            f"weight_channels has {len(channels)} channels, {repeated} of them repeated and {outside} "
+            f"outside 0 … {k - 1}; it must be different channels, a multiple of {block} of them."
+        )
+    return channels.astype(np.int64)
+
+
 def non_negative(name: str, amax: ArrayLike) -> NDArray[np.float32]:
     """Finite floats, none below zero, any shape."""
     array = floats(name, amax)
@@ -214,6 +232,17 @@ def non_negative(name: str, amax: ArrayLike) -> NDArray[np.float32]:
         first = tuple(np.argwhere(array < 0)[0].tolist())
         raise ValueError(
             f"{name} is {array[first]} at index {first}; a maximum of |x| is never negative. Use np.abs."
+        )
+    return array
+
+
+def channel_energy(energy: ArrayLike, k: int) -> NDArray[np.float64]:
+    """K non-negative finite numbers, float64."""
+    array = np.asarray(energy, np.float64)
+    if array.shape != (k,) or not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(
+            f"energy has shape {array.shape}; it must be {k} finite numbers, none negative: the mean of x² "
+            f"of each channel, np.mean(x**2, axis=0)."
         )
     return array
 

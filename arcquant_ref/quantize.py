@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import checks
-from .formats import BLOCK, E2M1, E4M3, Float32, Float64, decode, encode
+from .formats import BLOCK, E2M1, E4M3, Codes, Float32, Float64, decode, encode
 from .tensor import NVFP4Tensor
 
 F32 = np.float32
@@ -47,6 +47,56 @@ def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NV
         step = decode(E4M3, block_scales) * scale  # never zero: the least block scale is floored
         codes = encode(E2M1, blocks / step[..., None]).reshape(x.shape)
     return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
+
+
+def quantize_weighted(
+    w: ArrayLike, energy: ArrayLike, tensor_scale: float | np.float32 | None = None
+) -> NVFP4Tensor:
+    """(N, K) weights → NVFP4 with searched block scales: of all E4M3 scales from amax / 8 to amax / 3.5 the
+    one with the least Σ energy[k] · (w − ŵ)²; of equals the smallest.
+
+    `energy` (K,) is the mean of x² of each channel (the diagonal of `second_moment`); any positive multiple
+    gives the same bytes but for rounding. The search happens offline and costs nothing later: it is the same
+    format. Everything after the codes is float64, channels added in their order. Errors as in `quantize`;
+    ValueError for an energy that is not (K,), finite and non-negative.
+    """
+    w = checks.matrix("w", w, BLOCK)
+    energy = checks.channel_energy(energy, w.shape[1])
+    scale = tensor_scale_of(w) if tensor_scale is None else checks.tensor_scale(tensor_scale)
+    blocks = w.reshape(len(w), -1, BLOCK)
+    amax, weights = np.abs(blocks).max(axis=-1), energy.reshape(-1, BLOCK)
+    with np.errstate(over="ignore", under="ignore"):
+        first, last = (_scale_codes(amax / F32(m) / scale) for m in SEARCHED)
+    best, best_error = first, np.full(amax.shape, np.inf)
+    for offset in range(int((last - first).max()) + 1):
+        tried = np.minimum(first + np.uint8(offset), last)
+        codes, error = _weighted_error(blocks, weights, tried, scale)
+        better = error < best_error
+        best, best_error = np.where(better, tried, best), np.where(better, error, best_error)
+    codes, _ = _weighted_error(blocks, weights, best, scale)
+    return NVFP4Tensor(codes=codes.reshape(w.shape), block_scales=best, tensor_scale=scale)
+
+
+SEARCHED = 8.0, float(E2M1.midpoints[-2])  # amax / step: from saturating at 6 to falling on 3 or 4
+
+
+def _scale_codes(v: Float32) -> Codes:
+    return encode(E4M3, np.clip(v, F32(E4M3.least_positive), F32(E4M3.max)))
+
+
+def _weighted_error(
+    blocks: Float32, energy: Float64, block_scales: Codes, tensor_scale: np.float32
+) -> tuple[Codes, Float64]:
+    """The codes of blocks (N, K/16, 16) under these block scales, and Σ energy · (w − ŵ)² of each block."""
+    step = decode(E4M3, block_scales) * tensor_scale
+    with np.errstate(over="ignore", under="ignore"):
+        codes = encode(E2M1, blocks / step[..., None])
+    exact = decode(E4M3, block_scales).astype(np.float64) * np.float64(tensor_scale)
+    difference = blocks - decode(E2M1, codes).astype(np.float64) * exact[..., None]
+    error = np.zeros(block_scales.shape)
+    for i in range(BLOCK):  # the order is normative: the search compares sums
+        error = error + difference[..., i] * difference[..., i] * energy[:, i]
+    return codes, error
 
 
 def exact_values(q: NVFP4Tensor) -> Float64:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,12 +16,13 @@ TAU = 2.0**-3  # the paper's rule: 2^−(5 − 2), from the exponent bits of E5M
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Selection:
-    """A channel order for one layer, and how many of its last channels carry a residual.
+    """A channel order for one layer, and which of its channels carry a residual.
 
-    order         (K,) int64, any permutation; `select` makes it ascending in channel_amax, outliers last
-    num_residual  S, a multiple of 16 with 0 <= S <= K
-    channel_amax  (K,) float32, max |x| of each channel over the calibration rows, in the original channel
-    order
+    order            (K,) int64, any permutation; `select` makes it ascending in channel_amax, outliers last
+    num_residual     S, a multiple of 16 with 0 <= S <= K: the last S of `order` carry their activations'
+    channel_amax     (K,) float32, max |x| of each channel over the calibration rows, in the original order
+    weight_channels  (S_w,) int64, different channels in blocks of 16: these carry their weights' residual,
+                     and their activations are stored a second time. Not part of the paper; none by default
 
     Raises TypeError or ValueError if these do not fit together.
     """
@@ -29,6 +30,7 @@ class Selection:
     order: NDArray[np.int64]
     num_residual: int
     channel_amax: Float32
+    weight_channels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -36,15 +38,27 @@ class Selection:
         set_(self, "channel_amax", checks.channel_amax(self.channel_amax, BLOCK))
         checks.selection_fits("channel_amax", len(self.channel_amax), self.K)
         set_(self, "num_residual", checks.num_residual(self.num_residual, self.K, BLOCK))
+        set_(self, "weight_channels", checks.weight_channels(self.weight_channels, self.K, BLOCK))
 
     @property
     def K(self) -> int:
         return len(self.order)
 
     @property
+    def columns(self) -> NDArray[np.int64]:
+        """The channels of the primary codes, (K + S_w,): `order`, the weight channels before its last S."""
+        plain = self.K - self.num_residual
+        return np.concatenate([self.order[:plain], self.weight_channels, self.order[plain:]])
+
+    @property
+    def augmented_K(self) -> int:
+        """K' = K + S + S_w, the depth of the product."""
+        return self.K + self.num_residual + len(self.weight_channels)
+
+    @property
     def bits_per_value(self) -> float:
-        """Storage for one activation: 4.5 · (K + S) / K."""
-        return NVFP4_BITS * (self.K + self.num_residual) / self.K
+        """Storage for one activation: 4.5 · K' / K."""
+        return NVFP4_BITS * self.augmented_K / self.K
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -52,26 +66,27 @@ class Selection:
             "order": ("int64", self.order),
             "num_residual": ("int64", np.asarray(self.num_residual)),
             "channel_amax": ("float32", self.channel_amax),
+            "weight_channels": ("int64", self.weight_channels),
         }
         save_arrays(path, arrays, FILE_METADATA)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Selection":
         """Read what `save` wrote. Raises ValueError for a damaged or foreign file."""
-        arrays = load_arrays(
-            path, FILE_METADATA, {"order": "I64", "num_residual": "I64", "channel_amax": "F32"}
-        )
+        dtypes = {"order": "I64", "num_residual": "I64", "channel_amax": "F32", "weight_channels": "I64"}
+        arrays = load_arrays(path, FILE_METADATA, dtypes)
         try:
             return Selection(
                 order=arrays["order"],
                 num_residual=int(arrays["num_residual"][()]),
                 channel_amax=arrays["channel_amax"],
+                weight_channels=arrays["weight_channels"],
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold a valid selection: {error}") from error
 
 
-FILE_METADATA = {"format": "nvfp4-selection", "version": "1"}
+FILE_METADATA = {"format": "nvfp4-selection", "version": "2"}
 
 
 def calibrate(batches: Iterable[ArrayLike]) -> Float32:

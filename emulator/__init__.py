@@ -3,7 +3,7 @@
 from .augment import augment_activations, augment_weights, rmsnorm_augment_activations
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
 from .gemm import matmul, matmul_fma, matmul_fp16
-from .quantize import dequantize, pack, quantize
+from .quantize import dequantize, pack, quantize, quantize_weighted
 from .tensor_core import mma_m16n8k16, mma_m16n8k64
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "mma_m16n8k64",
     "pack",
     "quantize",
+    "quantize_weighted",
     "rmsnorm_augment_activations",
 ]

@@ -1,6 +1,7 @@
 """ARC, one pass over each row: gather the channels, quantize, quantize the last S residuals, interleave."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,7 @@ from .formats import (
     INF,
     MAGNITUDE,
     Bits,
+    bits_in,
     bits_of,
     f32,
     float_of,
@@ -25,22 +27,74 @@ from .formats import (
     value_e4m3,
 )
 from .jit import fma, helper, kernel, over_rows, prefetch
-from .quantize import matrix_bits, quantize_blocks, refuse_non_finite, scale_blocks, tensor_scale_for
+from .quantize import (
+    matrix_bits,
+    quantize,
+    quantize_blocks,
+    quantize_weighted,
+    refuse_non_finite,
+    scale_blocks,
+    tensor_scale_for,
+)
 
 
 def augment_activations(
     x: ArrayLike, selection: Selection, tensor_scale: float | np.float32 | None = None
 ) -> NVFP4Tensor:
-    """(M, K) activations → (M, K + S): the bytes of `arcquant_ref.augment_activations`, and its errors.
+    """(M, K) activations → (M, K'): the bytes of `arcquant_ref.augment_activations`, and its errors.
 
     Dtypes as in `quantize`. Source: arXiv 2601.07475; layout and roundings: docs/spec.md, section 4.
     """
     return _augment("x", x, selection, tensor_scale, _activation_rows)
 
 
-def augment_weights(w: ArrayLike, selection: Selection) -> NVFP4Tensor:
-    """(N, K) weights → (N, K + S): the bytes of `arcquant_ref.augment_weights`, and its errors."""
-    return _augment("w", w, selection, None, _weight_rows)
+def augment_weights(w: ArrayLike, selection: Selection, energy: ArrayLike | None = None) -> NVFP4Tensor:
+    """(N, K) weights → (N, K'): the bytes of `arcquant_ref.augment_weights`, and its errors."""
+    checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
+    if energy is None and len(selection.weight_channels) == 0:
+        return _augment("w", w, selection, None, _weight_rows)
+    w = checks.matrix_shape("w", w, BLOCK)
+    checks.selection_fits("w", w.shape[1], selection.K)
+    w, order, repaired = w[:, selection.order], selection.order, selection.weight_channels
+    if energy is not None:
+        energy = checks.channel_energy(energy, selection.K)
+    primary = quantize(w) if energy is None else quantize_weighted(w, energy[order])
+    scale, s = primary.tensor_scale, selection.num_residual
+    codes, block_scales = primary.codes, primary.block_scales
+    if len(repaired):
+        r = _residual(w, primary)[:, np.argsort(order)[repaired]]
+        second = quantize(r, scale) if energy is None else quantize_weighted(r, energy[repaired], scale)
+        codes = np.insert(codes, [selection.K - s], second.codes, axis=1)
+        block_scales = np.insert(block_scales, [(selection.K - s) // BLOCK], second.block_scales, axis=1)
+    codes, block_scales = _last_twice(codes, s, BLOCK), _last_twice(block_scales, s // BLOCK, 1)
+    return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
+
+
+def _last_twice(columns: Codes, s: int, width: int) -> Codes:
+    """The last s columns as pairs P₀ P₀ P₁ P₁ … of `width` columns."""
+    plain = columns.shape[1] - s
+    last = columns[:, plain:].reshape(len(columns), -1, 1, width)
+    return np.concatenate([columns[:, :plain], np.repeat(last, 2, axis=2).reshape(len(columns), -1)], axis=1)
+
+
+def _residual(w: NDArray[Any], q: NVFP4Tensor) -> Float32:
+    """w − value(q), rounded once."""
+    bits, r = bits_in("w", w), np.empty(w.shape, f32)
+
+    def task(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        _residual_rows(bits[part], q.codes[part], q.block_scales[part], q.tensor_scale, r[part].view(u32))
+
+    over_rows(task, len(r))
+    return r
+
+
+@kernel
+def _residual_rows(w: Bits, codes: Codes, block_scales: Codes, tensor_scale: f32, residual: Bits) -> None:
+    scratch, scale = np.empty(w.shape[1], u32), np.empty(block_scales.shape[1], f32)
+    for row in range(len(w)):
+        bits = load(w[row], scratch)
+        residual_of(bits, codes[row], block_scales[row], tensor_scale, scale, residual[row])
 
 
 def rmsnorm_augment_activations(
@@ -50,14 +104,18 @@ def rmsnorm_augment_activations(
     selection: Selection,
     tensor_scale: float | np.float32,
 ) -> NVFP4Tensor:
-    """(M, K) → (M, K + S): the bytes of `arcquant_ref.rmsnorm_augment_activations`, and its errors."""
+    """(M, K) → (M, K'): the bytes of `arcquant_ref.rmsnorm_augment_activations`, and its errors."""
     bits = matrix_bits("x", x)
     checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     checks.selection_fits("x", bits.shape[1], selection.K)
     factors, scale = checks.norm_weight(weight, selection.K), checks.tensor_scale(tensor_scale)
-    shape = len(bits), selection.K + selection.num_residual
+    shape = len(bits), selection.augmented_K
     codes, block_scales = np.empty(shape, np.uint8), np.empty((shape[0], shape[1] // BLOCK), np.uint8)
-    order, finite, added = selection.order.astype(u32), np.empty(len(bits), np.bool_), checks.epsilon(epsilon)
+    order, finite, added = (
+        selection.columns.astype(u32),
+        np.empty(len(bits), np.bool_),
+        checks.epsilon(epsilon),
+    )
 
     def task(start: int, stop: int) -> u32:
         part = slice(start, stop)
@@ -82,9 +140,9 @@ def _augment(
     checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     checks.selection_fits(name, bits.shape[1], selection.K)
     scale = tensor_scale_for(name, x, bits, tensor_scale)
-    shape = len(bits), selection.K + selection.num_residual
+    shape = len(bits), selection.augmented_K
     codes, block_scales = np.empty(shape, np.uint8), np.empty((shape[0], shape[1] // BLOCK), np.uint8)
-    order = selection.order.astype(u32)  # unsigned: a negative index would cost a test
+    order = selection.columns.astype(u32)  # unsigned: a negative index would cost a test
 
     def task(start: int, stop: int) -> u32:
         return fill_rows(bits[start:stop], order, scale, codes[start:stop], block_scales[start:stop])
@@ -97,7 +155,7 @@ def _augment(
 def _activation_rows(x: Bits, order: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes) -> u32:
     k, s, last = len(order), codes.shape[1] - len(order), len(x) - 1
     first, words, step = (k - s) // BLOCK, codes.view(np.uint64), np.empty(k // BLOCK, f32)
-    scratch, bits, fours = np.empty(k, u32), np.empty(k, u32), np.empty(k // 4, u32)
+    scratch, bits, fours = np.empty(x.shape[1], u32), np.empty(k, u32), np.empty(k // 4, u32)
     outliers, residual, scale = np.empty(s, u32), np.empty(s, u32), np.empty(s // BLOCK, f32)
     appended, appended_scales, most = np.empty(s, u8), np.empty(s // BLOCK, u8), u32(0)
     tail, appended_words, few = bits[k - s :], appended.view(np.uint64), fours[: s // 4]

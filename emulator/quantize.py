@@ -32,6 +32,7 @@ TENSOR_MAX = f32(largest(E2M1) * largest(E4M3))
 LEAST_SCALE = f32(2.0 ** (1 - E4M3.bias - E4M3.mantissa_bits))
 LEAST_NORMAL = f32(2.0**-126)
 FOURS = BLOCK // 4  # in a block
+MOST_STEPS, FEWEST_STEPS = f32(8), f32(7 / 2)  # amax / step in a search: saturating at 6; on 3 or 4
 
 
 def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NVFP4Tensor:
@@ -52,6 +53,27 @@ def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NV
         return _quantize_rows(bits[start:stop], scale, codes[start:stop], block_scales[start:stop])
 
     refuse_non_finite("x", x, max(over_rows(task, rows)))
+    return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
+
+
+def quantize_weighted(
+    w: ArrayLike, energy: ArrayLike, tensor_scale: float | np.float32 | None = None
+) -> NVFP4Tensor:
+    """(N, K) weights with searched block scales: the bytes of `arcquant_ref.quantize_weighted`, its errors.
+
+    Dtypes as in `quantize`.
+    """
+    bits = matrix_bits("w", w)
+    energy = checks.channel_energy(energy, bits.shape[1])
+    scale = tensor_scale_for("w", w, bits, tensor_scale)
+    rows, k = bits.shape
+    codes, block_scales = np.empty((rows, k), u8), np.empty((rows, k // BLOCK), u8)
+
+    def task(start: int, stop: int) -> u32:
+        part = slice(start, stop)
+        return _weighted_rows(bits[part], energy, scale, codes[part], block_scales[part])
+
+    refuse_non_finite("w", w, max(over_rows(task, rows)))
     return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
 
 
@@ -140,6 +162,48 @@ def _quantize_rows(x: Bits, tensor_scale: f32, codes: Codes, block_scales: Codes
         bits = load(x[row], scratch)
         most = max(most, quantize_blocks(bits, tensor_scale, codes[row], block_scales[row], step, fours))
     return most
+
+
+@kernel
+def _weighted_rows(
+    w: Bits, energy: NDArray[np.float64], tensor_scale: f32, codes: Codes, block_scales: Codes
+) -> u32:
+    """Tries every E4M3 scale in a block's range. The order of the sums is normative."""
+    scratch, tried, most = np.empty(w.shape[1], u32), np.empty(BLOCK, u8), u32(0)
+    squares = np.empty(BLOCK, np.float64)
+    for row in range(len(w)):
+        bits = load(w[row], scratch)
+        for b in range(block_scales.shape[1]):
+            numbers, weights = bits[b * BLOCK : (b + 1) * BLOCK], energy[b * BLOCK : (b + 1) * BLOCK]
+            amax = u32(0)
+            for i in range(BLOCK):
+                amax = max(amax, u32(numbers[i] & MAGNITUDE))
+            most = max(most, amax)
+            first = scale_code(amax, MOST_STEPS, tensor_scale)
+            last = scale_code(amax, FEWEST_STEPS, tensor_scale)
+            least = np.inf
+            for code in range(first, last + 1):
+                scale = value_e4m3(u8(code))
+                step, exact = scale * tensor_scale, np.float64(scale) * np.float64(tensor_scale)
+                for i in range(BLOCK):
+                    x = float_of(numbers[i])
+                    tried[i] = nearest_e2m1(bits_of(x / step))
+                    difference = np.float64(x) - np.float64(value_e2m1(tried[i])) * exact
+                    squares[i] = difference * difference * weights[i]
+                error = np.float64(0)
+                for i in range(BLOCK):
+                    error += squares[i]
+                if error < least or code == first:
+                    least, block_scales[row, b] = error, u8(code)
+                    for i in range(BLOCK):
+                        codes[row, b * BLOCK + i] = tried[i]
+    return most
+
+
+@helper
+def scale_code(amax: u32, steps: f32, tensor_scale: f32) -> u8:
+    """The E4M3 code of the scale under which amax is this many steps."""
+    return nearest_e4m3(bits_of(max(float_of(amax) / steps / tensor_scale, LEAST_SCALE)))
 
 
 @kernel
