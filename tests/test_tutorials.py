@@ -22,6 +22,10 @@ def committed(source):
     return json.loads(source.with_suffix(".ipynb").read_text())
 
 
+def nothing_in(problems):
+    assert not problems, "\n".join(problems)
+
+
 def test_every_notebook_has_its_source():
     assert SOURCES
     assert sorted(TUTORIALS.glob("*.ipynb")) == [path.with_suffix(".ipynb") for path in SOURCES]
@@ -29,19 +33,19 @@ def test_every_notebook_has_its_source():
 
 @every_tutorial
 def test_the_notebook_keeps_the_rules(source):
-    assert notebooks.problems(committed(source)) == []
+    nothing_in(notebooks.problems(committed(source)))
     assert source.with_suffix(".ipynb").stat().st_size < notebooks.MOST_BYTES
 
 
 @every_tutorial
 def test_the_notebook_is_its_source_executed(source):
     notebook = notebooks.read(source)
-    assert notebooks.out_of_step(notebook, committed(source)) == []
+    nothing_in(notebooks.out_of_step(notebook, committed(source)))
     if source.stem in NEEDS_MODEL:
         model_weights()
     executed = notebooks.execute(notebook, 300 if source.stem in NEEDS_MODEL else 60)
-    assert notebooks.changed_outputs(committed(source), executed) == []
-    assert notebooks.problems(executed) == []
+    nothing_in(notebooks.changed_outputs(committed(source), executed))
+    nothing_in(notebooks.problems(executed))
 
 
 @every_tutorial

@@ -70,8 +70,7 @@ assert np.signbit(values[8])
 # Take code 0101, which has the value 3. Its bits are `0 | 10 | 1`: a **sign** (0 is plus), two bits of
 # **exponent** and one bit of **mantissa**. That is the name: 2 bits of E, 1 bit of M.
 #
-# - The exponent field 10 is the number 2. The format subtracts 1, its **bias**, and the factor is 2² ⁻ ¹ =
-#   2.
+# - The exponent field 10 is the number 2. The format subtracts 1, its **bias**, and the factor is 2²⁻¹ = 2.
 # - The mantissa 1 stands for ½ and is added to a 1 that is not stored: 1 + ½.
 #
 # Together (1 + ½) · 2 = 3. The same for all codes whose exponent field is not 00:
@@ -96,14 +95,15 @@ for code in codes[:2]:
 
 # %% [markdown]
 # Other widths make other formats by the same rule. E4M3, an 8-bit number with 4 bits of exponent and 3 of
-# mantissa, serves as a scale in the next notebook. One of its patterns is no number at all: NaN, "not a
-# number".
+# mantissa, serves as a scale in the next notebook. In it, the pattern with all exponent and mantissa bits
+# set is no number: NaN, "not a number".
 
 # %%
 for format in (E2M1, E4M3):
     print(f"{format.name}: {format.bits} bits, bias {format.bias}, {len(format.magnitudes)} values from 0 up")
     print(f"      the least above 0 is {format.least_positive}, the largest {format.max}")
 assert (E2M1.max, E4M3.max, E4M3.least_positive) == (6, 448, 2**-9)
+assert np.isnan(aq.decode_e4m3(np.uint8(0b01111111)))
 
 # %% [markdown]
 # ## The nearest one
