@@ -21,12 +21,36 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colour-b
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display a figure in a notebook; `alt` says in words what to see, below it and as the image's text."""
+    """Display a figure in a notebook; `alt` says in words what to see, below it and as the image's text.
+
+    Raises ValueError for an empty alt, or for axes with ticks whose meaning no label says.
+    """
+    if not alt.strip():
+        raise ValueError("alt is empty; say in one to three sentences what the figure shows.")
+    for n, axes in enumerate(figure.axes):
+        for which in _unlabelled(axes):
+            raise ValueError(
+                f"axes {n} of the figure ({axes.get_title()!r}) have ticks along {which} but no label. "
+                f"Say what they measure with set_{which}label, or hide them with set_{which}ticks([]) or "
+                f"set_axis_off()."
+            )
     from IPython.display import Image, Markdown, display
 
     png = BytesIO()
     figure.savefig(png, format="png", dpi=100)
     display(Image(png.getvalue(), alt=alt), Markdown(f"*{alt}*"))
+
+
+def _unlabelled(axes: Axes) -> list[str]:
+    """Which of x and y show ticks and no label; of axes that share an x or y, one label is enough."""
+    shared = {"x": axes.get_shared_x_axes(), "y": axes.get_shared_y_axes()}
+    return [
+        which
+        for which, group in shared.items()
+        if axes.axison
+        and getattr(axes, f"get_{which}ticks")().size
+        and not any(getattr(other, f"get_{which}label")() for other in group.get_siblings(axes))
+    ]
 
 
 def demo_figure(layers: Sequence[Layer]) -> Figure:
