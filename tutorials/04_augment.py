@@ -45,9 +45,9 @@ np.set_printoptions(precision=2, suppress=True, linewidth=110, floatmode="fixed"
 # ## What is left over
 #
 # The package holds the inputs and weights of four layers of a language model, SmolLM2-135M. We take one. Its
-# input `x` has a row for each token and a column for each of K = 576 **channels**; the layer computes x wᵀ. As
-# in notebook 3, `select` sorts the channels by their largest |x| on calibration text (channel amax). Those
-# above τ = 1/8 of the maximum are outliers, and S is their number, rounded up to a multiple of 16.
+# input `x` has a row for each token and a column for each of K = 576 **channels**; the layer computes x wᵀ.
+# As in notebook 3, `select` sorts the channels by their largest |x| on calibration text (channel amax).
+# Those above τ = 1/8 of the maximum are outliers, and S is their number, rounded up to a multiple of 16.
 
 # %%
 layer = next(layer for layer in load_sample() if layer.name == "blk.29.ffn_up")
@@ -79,8 +79,8 @@ assert (value == 0).sum() == 13
 assert 24 < block.max() / abs(block - value).max() < 24.1
 
 # %% [markdown]
-# The third line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about them.
-# But the residual has no outlier any more. Its largest number is 1.30, a twenty-fourth of the amax.
+# The third line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about
+# them. But the residual has no outlier any more. Its largest number is 1.30, a twenty-fourth of the amax.
 #
 # ## Quantize it once more
 #
