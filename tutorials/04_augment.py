@@ -183,8 +183,8 @@ assert (primary.codes == aq.quantize(in_order).codes).all()  # P is plain NVFP4 
 # ## What it buys
 #
 # The **output error** is ‖y − ŷ‖ / ‖y‖ of a token, averaged over the 128 tokens. Part of it comes from the
-# weights, which have 4 bits too. Residuals of the activations cannot remove that part, so we also print the
-# error with exact activations.
+# weights, which have 4 bits too. Residuals of the activations cannot remove that part. So we also print the
+# error with exact activations, once with the weights' channels as they come and once in ARC's order.
 
 # %%
 print("layer               S   NVFP4     ARC   exact x   exact x, w quantized in ARC's order")

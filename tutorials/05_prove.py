@@ -73,8 +73,9 @@ assert max(worst["ARC"]) < 3 / 100
 # by one step. No other number errs more, unless it is above 7 steps.
 #
 # *Second*, the step can be too large, because amax / 6 is rounded up to the next E4M3 number. E4M3 has eight
-# numbers from one power of two to the next: 8/8, 9/8 … 15/8. To be rounded up to s, amax / 6 must lie at
-# least halfway between s and the number below, and s is at most so many times amax / 6:
+# numbers from one power of two to the next: 8/8, 9/8 … 15/8, and the same times a power of two. To be
+# rounded up to s, amax / 6 must lie at least halfway between s and the number below, and s is at most so
+# many times amax / 6:
 
 
 # %%
@@ -103,8 +104,8 @@ assert max(round_up.values()) / 6 == bounds.NVFP4 == Fraction(3, 17)
 # ## Is it reached?
 #
 # Take amax = 6 · 1.0625 = 6.375 and a second number at 5 steps. Then take the next larger float32 for amax,
-# and then the next larger bfloat16. (bfloat16 is the upper half of a float32: 16 bits, of which 8 are for
-# the significant digits. Language models often use it for activations.)
+# and then the next larger bfloat16. (bfloat16 is the upper half of a float32: 16 bits, with 8 significant
+# ones. Language models often use it for activations.)
 
 
 # %%
@@ -137,9 +138,9 @@ assert ratios[0] < ratios[2] < ratios[1] < 3 / 17
 # ## With a residual: 3/100
 #
 # The residuals of a block are at most one step s, and form a block themselves. Its scale s₂ is at most the
-# E4M3 number nearest to s / 6, and what is left is at most s₂. Multiplying 3/17 · 3/17 gives 0.0311. But the
-# worst s and the worst s₂ do not go together: s = 1.125 does not lead to an unlucky s₂. So we try all eight
-# s.
+# E4M3 number nearest to s / 6, and what is left is at most s₂. Is it 3/17 of 3/17, then? No: the worst s and
+# the worst s₂ do not go together. With s = 1.125, s / 6 is itself an E4M3 number and nothing is rounded up.
+# So we try all eight s.
 
 
 # %%
@@ -154,6 +155,8 @@ for n in range(8, 16):
     left[s] = nearest_e4m3(s / 6) / (6 * halfway_below(n))
     second = float(nearest_e4m3(s / 6))
     print(f"{float(s):5.3f}   {float(s / 6):.5f} -> {second:.5f}   {left[s]!s:>6} = {float(left[s]):.5f}")
+print(f"(3/17)² would be             {bounds.NVFP4**2} = {float(bounds.NVFP4**2):.5f}")
+assert nearest_e4m3(Fraction(9, 8) / 6) == Fraction(9, 8) / 6
 assert max(left.values()) == left[Fraction(13, 8)] == bounds.ARC == Fraction(3, 100)
 
 # %% [markdown]
@@ -166,7 +169,7 @@ assert max(left.values()) == left[Fraction(13, 8)] == bounds.ARC == Fraction(3, 
 # block with an amax above 6 · 448 = 2688 does not fit. A proof by hand is as good as its list of cases.
 #
 # But these formats are finite. There are 3200 bfloat16 numbers from 2⁻¹² to 2¹³. Below, every code is 0, and
-# above, the scale is always 448. `prove.sweep` takes each of them as the amax of a block, with every smaller
+# above, both scales are 448. `prove.sweep` takes each of them as the amax of a block, with every smaller
 # bfloat16 as an element, and for the residual's block every scale it can get. It does not use the package's
 # own `quantize`, but other code, exact in float64.
 
@@ -182,10 +185,10 @@ assert all(r.worst_ratio == 1 for r in found)
 
 # %% [markdown]
 # In the normal range no error comes up to 3/17 or 3/100, and some come close. Outside, other bounds hold, as
-# functions of amax; [docs/bounds.md](../docs/bounds.md) derives them. (*floored*: the scale should be less
-# than 2⁻⁹ and is raised to it. *Saturated*: it should be more than 448.) The last column is 1 throughout:
-# each bound holds, and some block attains it. A bound that is neither too low nor too high is called
-# **sharp**.
+# functions of amax; [docs/bounds.md](../docs/bounds.md) derives them. (*Floored*: the scale should be less
+# than 2⁻⁹ and is raised to it. *Saturated*: it should be more than 448. *Residual's scale low*: the block's
+# scale is normal, the residual's is not.) The last column is 1 throughout: each bound holds, and some block
+# attains it. A bound that is neither too low nor too high is called **sharp**.
 #
 # Here are the blocks that come closest, with their codes. They are the witnesses: you can check them by
 # hand.
@@ -197,10 +200,10 @@ for r in found:
         print(prove.witness(r.block, r.scheme), "\n")
 
 # %% [markdown]
-# What proves what? The sweep proves the bounds for bfloat16 blocks with tensor scale 1. The three facts
-# prove them for all real numbers; the sweep checks that we did not err there. Another tensor scale only
-# changes the unit. In float32, `quantize` itself rounds: `bounds.nvfp4_bound` and `bounds.arc_bound` allow a
-# 2⁻¹⁹th more for that.
+# What proves what? The sweep proves the bounds for bfloat16 blocks with tensor scale 1. The arguments above
+# prove 3/17 and 3/100 for all real numbers in the normal range; the sweep checks that we did not err there.
+# Another tensor scale only changes the unit. In float32, `quantize` itself rounds: `bounds.nvfp4_bound` and
+# `bounds.arc_bound` are larger by a factor of 1 + 2⁻¹⁹ or so, for that.
 #
 # ## What the paper says
 #
@@ -218,14 +221,14 @@ for name, paper, sharp, most in (
     print(f"{name:<22} {float(paper):17.4f}   {sharp!s:>5} = {float(sharp):.4f} {most:23.4f}")
 low, high = prove.range_below(prove.arc, float(bounds.MXFP8_CEILING))
 print(f"ARC's bound is at most MXFP8's 1/17 for amax / tensor scale from {low:.5f} to {high:.0f}")
-assert bounds.PAPER_ARC / bounds.ARC > 2
+assert round(float(bounds.PAPER_ARC / bounds.ARC), 2) == 2.64
 assert bounds.MXFP8_CEILING == Fraction(1, 17)
 assert (round(low, 5), high) == (0.0083, 4176)
 
 # %% [markdown]
-# The paper's bounds are right, and more than twice as high as they must be. (MXFP8 here rounds its scale up,
-# so that nothing saturates.) ARC's worst case is about half of MXFP8's, but not everywhere: blocks that are
-# tiny compared with the largest of the tensor, or saturate, are worse off.
+# The paper's bounds are valid in the normal range, and more than twice as high as they must be. (MXFP8 here
+# rounds its scale up, so that nothing saturates.) ARC's worst case is about half of MXFP8's, but not
+# everywhere: blocks that are tiny compared with the largest of the tensor, or saturate, are worse off.
 #
 # ## The picture
 #
@@ -254,10 +257,10 @@ for i, (axes, (scheme, bound)) in enumerate(zip(panels, prove.BOUNDS.items())):
         label="not attained",
     )
     axes.axhline(1, color="black", linewidth=0.8)
-    for name, (begin, end) in prove.regimes("NVFP4").items():
+    for name, (begin, _) in prove.regimes("NVFP4").items():
         axes.axvline(begin, color=GREY, linestyle=":")
         if i == 0:
-            axes.text(np.sqrt(begin * end), 1.06, name.removeprefix("scale "), ha="center", fontsize=8)
+            axes.text(1.15 * begin, 1.06, name.removeprefix("scale "), fontsize=8)
     axes.set(xscale="log", ylim=(0.25, 1.15), ylabel=f"{scheme}: largest error / bound")
     axes.legend(loc="lower right")
 panels[1].set_xlabel("amax of the block, with tensor scale 1")
