@@ -14,11 +14,10 @@
 # %% [markdown]
 # # 4. Quantize the error too
 #
-# At the end you can give the largest channels of a layer a second set of 4-bit codes, for the error of the
+# Afterwards you can give the largest channels of a layer a second set of 4-bit codes, for the error of the
 # first, and have one ordinary matrix product use both. This is ARC, augmented residual channels, the method
-# of the paper [arXiv 2601.07475](https://arxiv.org/abs/2601.07475).
-#
-# 30 minutes, after [Watch one outlier spoil fifteen neighbours](03_watch.ipynb).
+# of the paper [arXiv 2601.07475](https://arxiv.org/abs/2601.07475). 30 minutes. Before: [3, Watch one
+# outlier spoil fifteen neighbours](03_watch.ipynb).
 
 # %%
 import importlib.util
@@ -26,7 +25,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("arcquant_ref") is None:  # in Colab: clone the repository, or open its folder
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "..[tutorials]"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[tutorials]"], check=True)
 
 import numpy as np
 from matplotlib.figure import Figure

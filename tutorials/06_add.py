@@ -14,10 +14,9 @@
 # %% [markdown]
 # # 6. Add like a tensor core
 #
-# At the end you can predict, to the last bit, what the matrix instruction of an NVFP4 GPU makes of 64
-# products and a number, and say where float32 arithmetic gives other bits.
-#
-# 40 minutes, after [Quantize the error too](04_augment.ipynb).
+# Afterwards you can predict, to the last bit, what the matrix instruction of an NVFP4 GPU makes of 64
+# products and a number, and say where float32 arithmetic gives other bits. 30 minutes. Before: [2, Share one
+# scale among sixteen](02_share.ipynb).
 
 # %%
 import importlib.util
@@ -25,7 +24,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("arcquant_ref") is None:  # in Colab: clone the repository, or open its folder
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "..[tutorials]"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[tutorials]"], check=True)
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -366,12 +365,11 @@ print(judge(my_predict))
 
 # %% [markdown]
 # ### An answer
-#
-# For the first part: 1 and three quarters of its last bit, 1.5 · 2⁻²⁴. Nearest is up, the tensor core cuts.
 
 
 # %% tags=["answer"] jupyter={"source_hidden": true}
 def answer_step():
+    """1 and three quarters of its last bit: the nearest float32 is above, but the tensor core cuts."""
     a, b, scales_a, scales_b, _ = my_step()
     return a, b, scales_a, scales_b, np.float32(1.5 * 2**-24)
 
