@@ -78,8 +78,8 @@ assert (value == 0).sum() == 13
 assert 24 < block.max() / abs(block - value).max() < 24.1
 
 # %% [markdown]
-# The third line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about
-# them. But the residual has no outlier any more. Its largest number is 1.30, a twenty-fourth of the amax.
+# The last line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about them.
+# But the residual has no outlier any more. Its largest number is 1.30, a twenty-fourth of the amax.
 #
 # ## Quantize it once more
 #
@@ -101,7 +101,7 @@ assert abs(left).max() < abs(residual).max() / 24
 # %% [markdown]
 # The second step is 25 times smaller, and so is the largest error. A number now has two codes of 4 bits, its
 # **primary** code P and its residual code R, each with its share of a scale: 9 bits instead of 4.5. That is
-# affordable because only the S outlier channels need it.
+# affordable because only the last S channels need it.
 #
 # Note the second argument of `quantize`: the residual uses the tensor scale of the primary codes. It must,
 # because of where we put R next.
@@ -119,9 +119,11 @@ print(apart, together)
 assert (apart == together).all()
 
 # %% [markdown]
-# So a GPU needs no new instruction for residuals: it sees one NVFP4 product of depth K' = K + S. One product
-# has one tensor scale for each operand, which is why R shares that of P. On the weight side the codes and
-# scales of the S columns stand there twice, copied. This is what **augment** means.
+# Only S channels have residuals, so R has S columns, and of w we append the same S. Notebook 3 stored these
+# channels apart, for 16 bits each and a second product. Here they cost 9 bits, and the GPU sees one NVFP4
+# product of depth K' = K + S. One product has one tensor scale for each operand, which is why R shares that
+# of P. On the weight side the codes and scales of the S columns stand there twice, copied. This is what
+# **augment** means.
 
 # %%
 a = aq.augment_activations(x, selection)
@@ -324,6 +326,8 @@ def difference(got, expected):
         if (one != other).any():
             i, j = np.argwhere(one != other)[0]
             return f"{part}[{i}, {j}]: got {one[i, j]:0{digits}b}, expected {other[i, j]:0{digits}b}"
+    if got.tensor_scale != expected.tensor_scale:
+        return f"tensor scale: got {got.tensor_scale}, expected {expected.tensor_scale}"
     return None
 
 

@@ -43,7 +43,7 @@ from emulator.tensor_core import FP32, HOPPER, RTX_BLACKWELL, SCALE, fields
 
 # %%
 big, one = np.float32(2**24), np.float32(1)
-print((big + one) + one, big + (one + one))
+print(f"{(big + one) + one:.0f} {big + (one + one):.0f}")
 assert (big + one) + one != big + (one + one)
 
 # %% [markdown]
@@ -95,7 +95,7 @@ def bits(x):
 
 
 # %% [markdown]
-# Here is a step with large numbers that cancel: group 0 is 65536, group 1 is −65536, group 2 is about 48,
+# Here are inputs with large numbers that cancel: group 0 is 65536, group 1 is −65536, group 2 is about 48,
 # group 3 is tiny, and C is 0.8.
 
 # %%
@@ -105,8 +105,8 @@ b[[0, 16, 32, 33, 34, 48]] = aq.encode_e2m1(np.float32([1, -1, 6, 1.5, 0.5, 0.5]
 scales_a, scales_b = np.uint8([0x78, 0x78, 0x39, 0x07]), np.uint8([0x78, 0x78, 0x38, 0x05])
 example = (a, b, scales_a, scales_b, np.float32(0.8))
 
-print("scales of A", aq.decode_e4m3(scales_a))
-print("scales of B", aq.decode_e4m3(scales_b))
+for name, codes in (("A", scales_a), ("B", scales_b)):
+    print(f"scales of {name}", *(f"{scale:g}" for scale in aq.decode_e4m3(codes)))
 for order, total in float32_sums(*example).items():
     print(f"float32, {order:<24} {total:.7f}  {bits(total)}")
 print(f"tensor core                       {core(*example):.7f}  {bits(core(*example))}")
@@ -223,9 +223,9 @@ assert zeros == np.float32(0.8) != cancelling
 # %% [markdown]
 # ## Does it matter?
 #
-# A product with K channels is a chain of such steps: D of one is C of the next. Of four layers with real
-# inputs we compute 128 · 32 outputs and compare them with the exact sum, rounded once. The tensor scales
-# multiply at the very end, and are 1 here.
+# A product of depth K is a chain of MMAs, 64 columns each: D of one is C of the next. Of four layers with
+# real inputs we compute 128 · 32 outputs and compare them with the exact sum, rounded once. The tensor
+# scales multiply at the very end, and are 1 here.
 
 
 # %%
@@ -287,20 +287,20 @@ assert total % 2 == 1
 # %% [markdown]
 # ## Your turn
 #
-# **Find.** Give a step for which all four float32 orders have the *same* bits and the tensor core has
+# **Find.** Give inputs for which all four float32 orders have the *same* bits and the tensor core has
 # others. All scales 1 will do. The stub adds 2⁻³⁰ to 1, and everyone agrees.
 
 
 # %%
-def my_step():
+def my_inputs():
     a, b = np.zeros((2, 64), np.uint8)
     a[0] = b[0] = 2  # the code of 1.0
     scales = np.full(4, 0x38, np.uint8)  # 1.0
     return a, b, scales, scales, np.float32(2**-30)
 
 
-def judge_step(step):
-    by_float32, by_core = {bits(total) for total in float32_sums(*step()).values()}, bits(core(*step()))
+def judge_inputs(inputs):
+    by_float32, by_core = {bits(total) for total in float32_sums(*inputs()).values()}, bits(core(*inputs()))
     if len(by_float32) > 1:
         return f"not yet: float32 itself has {len(by_float32)} results: {', '.join(sorted(by_float32))}"
     if by_core in by_float32:
@@ -308,7 +308,7 @@ def judge_step(step):
     return f"right: float32 {by_float32.pop()} in every order, tensor core {by_core}"
 
 
-print(judge_step(my_step))
+print(judge_inputs(my_inputs))
 
 # %% [markdown]
 # **Predict.** Write steps 1 to 4 as a function of the five terms, with integers only up to the last line:
@@ -321,13 +321,13 @@ def my_predict(terms):
 
 
 # %% [markdown]
-# The judge compares 3,840 outputs with the emulator's. Its steps are of the kinds that can tell: scales far
+# The judge compares 3,840 outputs with the emulator's. Its inputs are of the kinds that can tell: scales far
 # apart, subnormal scales, groups that cancel, groups of zeros, and C at every distance from the largest
 # exponent. (No NaN or infinity: the emulator has rules for them, too.)
 
 
 # %%
-def hard_steps():
+def hard_inputs():
     rng = np.random.default_rng(6)
     for kind in 6 * ["ordinary", "far apart", "subnormal", "cancelling", "zeros"]:
         a, b = rng.integers(0, 16, (16, 64), np.uint8), rng.integers(0, 16, (8, 64), np.uint8)
@@ -347,7 +347,7 @@ def hard_steps():
 
 def judge(predict):
     n = 0
-    for kind, a, b, scales_a, scales_b, c in hard_steps():
+    for kind, a, b, scales_a, scales_b, c in hard_inputs():
         d = emulator.mma_m16n8k64(a, b, scales_a, scales_b, c)
         for i, j in np.ndindex(d.shape):
             terms = terms_of(a[i], b[j], scales_a[i], scales_b[j], c[i, j])
@@ -368,9 +368,9 @@ print(judge(my_predict))
 
 
 # %% tags=["answer"] jupyter={"source_hidden": true}
-def answer_step():
+def answer_inputs():
     """1 and three quarters of its last bit: the nearest float32 is above, but the tensor core cuts."""
-    a, b, scales_a, scales_b, _ = my_step()
+    a, b, scales_a, scales_b, _ = my_inputs()
     return a, b, scales_a, scales_b, np.float32(1.5 * 2**-24)
 
 
@@ -387,7 +387,7 @@ def answer(terms):
     return cut(total, -spare) * 2.0 ** (top - 35 + spare)
 
 
-for verdict in (judge_step(answer_step), judge(answer)):
+for verdict in (judge_inputs(answer_inputs), judge(answer)):
     print(verdict)
     assert verdict.startswith("right")
 
