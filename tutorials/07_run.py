@@ -63,8 +63,8 @@ assert [word >> 4 * i & 0xF for i in range(8)] == codes[0].tolist()
 
 # %% [markdown]
 # The first of two codes is in the low four bits. A byte is printed with its high bits first, so 1, 2 is
-# `0x21`. Read as one 32-bit number, code i of eight stands in bits 4i … 4i + 3. A *register* of a GPU has
-# 32 bits: it holds eight codes.
+# `0x21`. Read as one 32-bit number, code i = 0 … 7 stands in bits 4i … 4i + 3. A *register* of a GPU has 32
+# bits: it holds eight codes.
 
 # %% [markdown]
 # ## Scales lie in tiles
@@ -72,7 +72,7 @@ assert [word >> 4 * i & 0xF for i in range(8)] == codes[0].tolist()
 # Sixteen codes along K share a block scale, one byte. The plain place for the scale of row r and block s
 # would be byte r · K/16 + s, row by row. The GPU's matrix product and the libraries around it want another
 # place. To see it, take 128 rows with four scales each and write the row's own number into all four. This
-# is how these 512 bytes begin:
+# is how these 512 bytes begin and end:
 
 # %%
 row_numbers = np.repeat(np.arange(128, dtype=np.uint8)[:, None], 4, axis=1)
@@ -113,6 +113,7 @@ buffer = layout.swizzle_128x4(a.block_scales)
 print(f"{layer.name}: K = {selection.K}, S = {selection.num_residual}, so K' = {a.shape[1]}")
 print(f"codes  {a.codes.shape}, packed {layout.pack(a.codes).nbytes:6} bytes")
 print(f"scales {a.block_scales.shape}  = {a.block_scales.size} bytes, swizzled {buffer.nbytes} bytes")
+assert layout.pack(a.codes).nbytes == 32 * 592 // 2
 assert buffer.nbytes == 10 * 512  # 32 rows: one tile down; 37 blocks: ten tiles across
 assert (layout.unswizzle_128x4(buffer, a.block_scales.shape) == a.block_scales).all()
 
@@ -123,8 +124,9 @@ assert (layout.unswizzle_128x4(buffer, a.block_scales.shape) == a.block_scales).
 # warp, 0 … 31, is its *lane*. Each lane has registers of its own.
 #
 # The instruction of notebook [6](06_add.ipynb), one step of a tensor core, is D = A Bᵀ + C with A (16, 64)
-# and B (8, 64) in codes; its name in NVIDIA's documents is `mma.m16n8k64`. A whole warp runs it, and the
-# operands lie in the registers of its 32 lanes, in equal parts. What one lane holds is a *fragment*:
+# and B (8, 64) in codes; its name is `mma.m16n8k64`, for 16 rows, 8 columns and 64 along K. A whole warp
+# runs it, and the operands lie in the registers of its 32 lanes, in equal parts. What one lane holds is a
+# *fragment*:
 
 # %%
 for name, elements, width in (("A", 16 * 64, 4), ("B", 8 * 64, 4), ("C and D", 16 * 8, 32)):
@@ -147,8 +149,8 @@ for r in range(count):
 assert lane[1, 8] == lane[9, 8] == 5
 
 # %% [markdown]
-# 5 = 4 · 1 + 1. In general lane 4g + t holds rows g and g + 8, and of these k = 8t … 8t + 7 and the same 32
-# further (PTX ISA, "Matrix fragments for mma.m16n8k64").
+# 5 is 4 · 1 + 1. In general lane 4g + t, with t = 0 … 3, holds rows g and g + 8, and of these k = 8t … 8t +
+# 7 and the same 32 further (PTX ISA, "Matrix fragments for mma.m16n8k64").
 #
 # So both layouts have a reason. A register of A is eight neighbours of a row: one 32-bit number of the
 # packed codes. And 64 along K are four blocks, so a row has four scales in a step: again one register, four
@@ -232,10 +234,10 @@ assert (got == np.arange(64)[::-1]).all()
 # ## The project's kernels
 #
 # `gpu/cuda` holds the CUDA sources that run on real GPUs. `Interpreted` runs their PTX here, and `Face`
-# gives it the functions that you know from `arcquant_ref`. We do so for two kinds of GPU: sm_80, which has
-# no NVFP4 instruction and makes its bits from fp16 ones, and sm_120a, RTX Blackwell, which has it. Both
-# augment x and multiply by the weights; the bytes must be the reference's and the product's bits the
-# emulator's.
+# gives it the functions that you know from `arcquant_ref`. We do so for two kinds of GPU: sm_120a, RTX
+# Blackwell, which has the NVFP4 instruction, and sm_80, which has not and makes the same bits with an
+# instruction for fp16 numbers. Both augment x and multiply by the weights. The bytes must be the
+# reference's, and the product's bits the emulator's.
 
 # %%
 expected = emulator.matmul(a, b)
@@ -250,23 +252,23 @@ for target, source in (("80", "gemm_portable"), ("120a", "gemm_native")):
     q = face.augment_activations(x, selection)
     codes_differ, scales_differ = (q.codes != a.codes).sum(), (q.block_scales != a.block_scales).sum()
     differ = bits_that_differ(face.matmul(a, b))
-    print(
-        f"sm_{target}: of {q.codes.size} codes {codes_differ} differ, of {q.block_scales.size} scales", end=""
-    )
-    print(f" {scales_differ}, of {expected.size} outputs {differ}; it multiplies by")
-    print("   ", *sorted(set(re.findall(r"mma\.sync[\w.:]*", load.compiled(source, target).ptx))))
+    print(f"sm_{target}, by", *set(re.findall(r"mma\.sync[\w.:]*", load.compiled(source, target).ptx)))
+    print(f"    codes that differ: {codes_differ} of {q.codes.size}")
+    print(f"    scales that differ: {scales_differ} of {q.block_scales.size}")
+    print(f"    outputs that differ: {differ} of {expected.size}")
     assert codes_differ == scales_differ == differ == 0
 
 # %% [markdown]
-# Two different instructions, the same bits. The interpreter's tensor core is the emulator's, notebook
-# [6](06_add.ipynb)'s: what a Blackwell GPU really does, this cannot tell ([what ran
-# where](../docs/kernels.md#what-ran-where)). What it can tell is whether a kernel does what it should with
-# that instruction.
+# Two instructions, the same bits. The interpreter takes its tensor core from the emulator: it is the one of
+# notebook [6](06_add.ipynb). So it cannot tell what a Blackwell GPU really does ([what ran
+# where](../docs/kernels.md#what-ran-where)). It tells whether a kernel does what it should, given that
+# instruction.
 
 # %% [markdown]
 # ## Two ways to be wrong
 #
-# A kernel can be wrong in its bytes. Let us give the instruction registers 1 and 2 of A in the wrong order:
+# A kernel can be wrong in its bytes. Let us give the instruction registers 1 and 2 of A in the wrong order,
+# so that lane 5 passes its part of row 1 for one of row 9:
 
 # %%
 SOURCES = {path.name: path.read_text() for path in load.SOURCES.glob("*.cu*")}
