@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -177,3 +178,14 @@ class Interpreted:
 
     def _array(self, owner: Any, shape: tuple[int, ...], dtype: str) -> Array:
         return Array(owner.address, tuple(shape), dtype, owner)
+
+
+class Changed(Interpreted):
+    """The same on other sources, {file name: text}; what is compiled of them is kept in `folder`."""
+
+    def __init__(self, arch: str, sources: dict[str, str], folder: Path) -> None:
+        super().__init__(arch)
+        self._sources, self._folder = sources, folder
+
+    def ptx_of(self, source: str) -> str:
+        return load.compile_text(source, self._sources, self.arch, self._folder).ptx

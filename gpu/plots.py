@@ -49,25 +49,32 @@ def fragments() -> dict[str, tuple[Map, int, int]]:
     }
 
 
+LABELS = {  # of axes: row, column
+    "A": ("row of A", "k: a box is 8 codes, the lowest k in the low bits"),
+    "B": ("column of B", "k: a box is 8 codes"),
+    "C and D": ("row of C and D", "column of C and D: a box is one float32"),
+    "scales of A": ("row of A", "block along k = byte"),
+    "scales of B": ("column of B", "block along k = byte"),
+}
+
+
 def fragments_figure() -> Figure:
-    """All operands of one NVFP4 MMA; a box is what one register of one lane holds."""
+    """All operands of one NVFP4 MMA."""
     figure = Figure(figsize=(14, 12.2), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=[64, 20], height_ratios=[16, 8, 16])
-    places = {
-        "A": (grid[0, 0], "row of A", "k: a box is 8 codes, the lowest k in the low bits"),
-        "scales of A": (grid[0, 1], "row of A", "block along k = byte"),
-        "B": (grid[1, 0], "column of B", "k: a box is 8 codes"),
-        "scales of B": (grid[1, 1], "column of B", "block along k = byte"),
-        "C and D": (grid[2, 0], "row of C and D", "column of C and D: a box is one float32"),
-    }
-    found = fragments()
-    for name, (place, ylabel, xlabel) in places.items():
-        axes = figure.add_subplot(place)
-        _boxes(axes, *found[name])
-        axes.set(title=name, ylabel=ylabel, xlabel=xlabel)
+    for row, names in enumerate((("A", "scales of A"), ("B", "scales of B"), ("C and D",))):
+        for column, name in enumerate(names):
+            draw_operand(figure.add_subplot(grid[row, column]), name)
     _legend(figure.add_subplot(grid[2, 1]))
     figure.suptitle("mma.m16n8k64 mxf4nvf4: which lane and which of its registers hold what (lane.register)")
     return figure
+
+
+def draw_operand(axes: Axes, name: str) -> None:
+    """One operand of fragments(); a box is what one register of one lane holds, labelled lane.register."""
+    ylabel, xlabel = LABELS[name]
+    _boxes(axes, *fragments()[name])
+    axes.set(title=name, ylabel=ylabel, xlabel=xlabel)
 
 
 def _boxes(axes: Axes, ids: Map, count: int, parts: int) -> None:
@@ -110,16 +117,17 @@ def _legend(axes: Axes) -> None:
     )
 
 
-def swizzled() -> Map:
-    """(512,): the number 4·row + s of the scale at each byte of a swizzled 128x4 tile."""
-    numbers = np.arange(TILE_ROWS * TILE_COLS).reshape(TILE_ROWS, TILE_COLS)
+def swizzled(rows: int = TILE_ROWS, columns: int = TILE_COLS) -> Map:
+    """(rows · columns,): the number columns · row + s of the scale at each byte of swizzled scales, (rows,
+    columns), that fill whole tiles; by default one tile."""
+    numbers = np.arange(rows * columns).reshape(rows, columns)
     low, high = (swizzle_128x4((numbers >> shift & 0xFF).astype(np.uint8)) for shift in (0, 8))
     return low.astype(np.int64) + 256 * high.astype(np.int64)
 
 
 def swizzle_figure() -> Figure:
     """The tile as a matrix, and the same bytes in the order of memory, 16 a line."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(9.5, 7.2), layout="constrained")
     matrix, memory = figure.subplots(1, 2, width_ratios=[4, 16])
     numbers, quarter = swizzled(), TILE_ROWS // 4
     for byte in range(0, len(numbers), TILE_COLS):
@@ -127,7 +135,7 @@ def swizzle_figure() -> Figure:
         assert len(set(row)) == 1
         assert (s == np.arange(TILE_COLS)).all()
         part, (y, x) = int(row[0]) // quarter, divmod(byte, 16)
-        _box(memory, x, y, TILE_COLS, part, f"row {row[0]}, s = 0 … 3")
+        _box(memory, x, y, TILE_COLS, part, f"{row[0]}")
         in_quarter = int(row[0]) % quarter
         if in_quarter in (0, 1, quarter - 1):  # the first, second and last row of each quarter
             at = row[0] + {0: 2, 1: 4.5, quarter - 1: -2}[in_quarter]
@@ -145,7 +153,7 @@ def swizzle_figure() -> Figure:
     memory.set(
         xlim=(0, 16), ylim=(lines, 0), xlabel="byte in a line of 16", ylabel="byte where the line begins"
     )
-    memory.set(title="The same 512 bytes in memory. Four of them are what one lane needs for 64 along K")
+    memory.set(title="The same 512 bytes in memory: a box is the four scales of the row it names")
     memory.set_xticks(np.arange(16) + 0.5, range(16))
     memory.set_yticks(np.arange(lines) + 0.5, range(0, len(numbers), 16), fontsize=8)
     return figure

@@ -17,7 +17,7 @@ import emulator
 from arcquant_ref import NVFP4Tensor, layout, select_top
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
 from gpu import launch, load
-from gpu.device import Interpreted
+from gpu.device import Changed
 from gpu.face import Face
 
 cuda_compiler()
@@ -276,17 +276,6 @@ MUTANTS = {  # architecture, probe, file → changes
     ],
 }
 ALL = [(*where, mutant) for where, mutants in MUTANTS.items() for mutant in mutants]
-
-
-class Changed(Interpreted):
-    """The interpreted device on other sources."""
-
-    def __init__(self, arch: str, sources: dict[str, str], folder: Path) -> None:
-        super().__init__(arch)
-        self._sources, self._folder = sources, folder
-
-    def ptx_of(self, source: str) -> str:
-        return load.compile_text(source, self._sources, self.arch, self._folder).ptx
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,11 @@ def test_lanes_and_registers_are_those_of_the_ptx_isa():
         np.testing.assert_array_equal(got, expected[name], name)
 
 
-def test_bytes_of_a_tile_are_those_of_the_specification():
-    row, s = np.divmod(plots.swizzled(), 4)
-    np.testing.assert_array_equal(row % 32 * 16 + row // 32 * 4 + s, np.arange(512))
+@pytest.mark.parametrize(("rows", "columns"), [(128, 4), (256, 12)])
+def test_bytes_of_tiles_are_those_of_the_specification(rows, columns):
+    row, s = np.divmod(plots.swizzled(rows, columns), columns)
+    tile, row, s = row // 128 * (columns // 4) + s // 4, row % 128, s % 4
+    np.testing.assert_array_equal(tile * 512 + row % 32 * 16 + row // 32 * 4 + s, np.arange(rows * columns))
 
 
 def test_both_pictures_are_written(tmp_path, capsys):

@@ -170,6 +170,15 @@ def test_links_inside_the_documents_lead_somewhere():
             assert (page.parent / target).exists(), (page.name, target)
 
 
+def test_anchors_of_links_are_headings():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#:]*\.md)?#([^)]+)\)", page.read_text()):
+            text = (page.parent / target if target else page).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, (page.name, target, anchor)
+
+
 def test_versions_agree():
     yaml = (ROOT / "CITATION.cff").read_text()
     import arcquant_ref
