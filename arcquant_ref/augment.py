@@ -122,7 +122,7 @@ def concatenate(left: NVFP4Tensor, right: NVFP4Tensor) -> NVFP4Tensor:
 
 def interleave(primary: NVFP4Tensor, extra: NVFP4Tensor) -> NVFP4Tensor:
     """(M, K) and (M, S) → (M, K + S) in blocks of 16: P … P, then P₀ E₀ P₁ E₁ … for its last S channels."""
-    return _take(concatenate(primary, extra), _block_order(primary.shape[1], extra.shape[1]))
+    return _take(concatenate(primary, extra), block_order(primary.shape[1], extra.shape[1]))
 
 
 def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor | None]:
@@ -135,7 +135,7 @@ def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor |
     if num_residual == 0:
         return q, None
     k = q.shape[1] - num_residual
-    primary, extra = np.split(np.argsort(_block_order(k, num_residual)), [k // BLOCK])
+    primary, extra = np.split(np.argsort(block_order(k, num_residual)), [k // BLOCK])
     return _take(q, primary), _take(q, extra)
 
 
@@ -161,7 +161,7 @@ def _take(q: NVFP4Tensor, blocks: NDArray[np.int64] | slice) -> NVFP4Tensor:
     return replace(q, codes=codes, block_scales=q.block_scales[:, blocks])
 
 
-def _block_order(k: int, s: int) -> NDArray[np.int64]:
+def block_order(k: int, s: int) -> NDArray[np.int64]:
     """Where each block of the interleaved tensor comes from, primary blocks counted first."""
     n, appended = k // BLOCK, np.arange(s // BLOCK)
     pairs = np.stack([n - s // BLOCK + appended, n + appended], axis=1)

@@ -1,0 +1,274 @@
+"""`arcquant model`: a language model under many quantization schemes. Needs the extra `model`.
+
+Perplexity is exp of the mean loss over windows that are read on their own; every scheme reads the same ones,
+so differences are paired. Results are written after each scheme, and what a file holds is not run again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from .formats import Float32, Float64
+from .model import Llama
+from .plan import Plan
+from .schemes import BITS, Layer, Quantized, Scheme, plans_of, quantized, selections, transformed
+from .tensor import written_whole
+
+SITES = {  # linear layers that read one input are one product: X' is made once
+    "attn_in": ("attn_q", "attn_k", "attn_v"),
+    "attn_out": ("attn_output",),
+    "ffn_in": ("ffn_gate", "ffn_up"),
+    "ffn_down": ("ffn_down",),
+}
+
+
+def sites(model: Llama) -> dict[str, list[str]]:
+    """Site → the linear layers there, in the order of their rows."""
+    blocks = range(int(model.field("block_count")))
+    return {
+        f"blk.{i}.{site}": [f"blk.{i}.{n}" for n in names] for i in blocks for site, names in SITES.items()
+    }
+
+
+def stacked(model: Llama, names: Sequence[str]) -> Float32:
+    return np.concatenate([model.weights[f"{name}.weight"].numpy() for name in names])
+
+
+def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
+    """What the layers of all sites see over (count, length) windows, and how the loss depends on them."""
+    where = sites(model)
+    seen: dict[str, list[Tensor]] = {site: [] for site in where}
+    squares = {
+        site: torch.zeros(sum(len(model.weights[f"{n}.weight"]) for n in names))
+        for site, names in where.items()
+    }
+    tokens: dict[str, list[Tensor]] = {site: [] for site in where}
+    for window in tqdm(windows, "calibration", disable=None):
+        inputs, gradients = _backward(model, torch.from_numpy(window))
+        for site, names in where.items():
+            squared = torch.cat([gradients[name] ** 2 for name in names], dim=1)
+            seen[site].append(inputs[names[0]].half())
+            squares[site] += squared.sum(dim=0)
+            tokens[site].append(squared.sum(dim=1))
+    layers = []
+    for site, names in where.items():
+        x, importance = torch.cat(seen.pop(site)), torch.cat(tokens[site])
+        wide = x.float()
+        layers.append(
+            Layer(
+                name=site,
+                x=x.numpy(),
+                weights=stacked(model, names),
+                channel_amax=wide.abs().amax(dim=0).numpy(),
+                energy=(wide.double() ** 2).mean(dim=0).numpy(),
+                tokens=(importance / importance.mean()).numpy(),
+                outputs=(squares[site] / len(x)).numpy(),
+            )
+        )
+    return layers
+
+
+def _backward(model: Llama, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The input of every linear layer, and the gradient of the summed loss by its output."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def observe(name: str, x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w.T
+        (y.retain_grad if y.requires_grad else y.requires_grad_)()
+        inputs[name], outputs[name] = x.detach(), y
+        return y
+
+    with observed(model, observe):
+        F.cross_entropy(model.forward(ids)[:-1], ids[1:], reduction="sum").backward()
+    return inputs, {name: torch.as_tensor(y.grad) for name, y in outputs.items()}
+
+
+@contextmanager
+def observed(model: Llama, linear: Callable[[str, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """The model with this in the place of x @ w.T."""
+    plain, model.linear = model.linear, linear
+    try:
+        yield
+    finally:
+        model.linear = plain
+
+
+def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized] | None = None) -> Float64:
+    """Mean loss of each (length,) window, with these layers quantized; (count,) float64."""
+    where = {n: (site, i) for site, names in sites(model).items() for i, n in enumerate(names)}
+    parts: dict[str, list[Tensor]] = {}
+    for site, names in sites(model).items() if layers else ():
+        rows = [len(model.weights[f"{name}.weight"]) for name in names]
+        parts[site] = list(torch.from_numpy(layers[site].weights).split(rows))
+    made: dict[str, Any] = {"x": None}
+
+    def linear(name: str, x: Tensor, w: Tensor) -> Tensor:
+        site, i = where[name]
+        if made["x"] is not x:
+            made.update(x=x, activations=torch.from_numpy(layers[site].activations(x.numpy())))
+        return made["activations"] @ parts[site][i].T
+
+    found = []
+    with observed(model, linear if layers else model.linear):
+        for window in tqdm(windows, "windows", leave=False, disable=None):
+            ids = torch.from_numpy(window)
+            found.append(float(F.cross_entropy(model.logits(ids)[:-1], ids[1:])))
+    return np.array(found)
+
+
+class Comparison:
+    """The results of one model and calibration, in a JSON file that grows scheme by scheme."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.results: dict[str, Any] = {"settings": settings, "schemes": {}}
+        if path.exists():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            different = [key for key, value in settings.items() if held.get("settings", {}).get(key) != value]
+            if different:
+                raise ValueError(
+                    f"{path} holds results of other settings ({', '.join(different)}). Write to another "
+                    f"file, or delete it."
+                )
+            self.results = held
+
+    def missing(self, scheme: Scheme, texts: Sequence[str]) -> list[str]:
+        held = self.results["schemes"].get(scheme.label, {})
+        if held and held["scheme"] != json.loads(json.dumps(asdict(scheme))):
+            raise ValueError(
+                f"{self.path} holds another scheme named {scheme.label!r}. Write to another file."
+            )
+        return [text for text in texts if text not in held.get("losses", {})]
+
+    def add(self, scheme: Scheme, found: dict[str, Float64], summary: dict[str, Any]) -> None:
+        held = self.results["schemes"].setdefault(
+            scheme.label, {"scheme": asdict(scheme), "losses": {}} | summary
+        )
+        held["losses"] |= {text: values.round(6).tolist() for text, values in found.items()}
+        with written_whole(self.path) as file:
+            file.write(json.dumps(self.results, indent=1).encode())
+
+
+def compare(
+    model: Llama,
+    calibration: NDArray[np.int64],
+    texts: dict[str, NDArray[np.int64]],
+    schemes: Sequence[Scheme],
+    comparison: Comparison,
+) -> None:
+    """Run what the file does not hold yet."""
+    if not any(comparison.missing(scheme, list(texts)) for scheme in schemes):
+        return
+    layers = calibrate(model, calibration)
+    changed: dict[tuple, tuple[list[Callable], list[Layer]]] = {}
+    planned: dict[tuple, list[list[Plan]]] = {}
+    for scheme in tqdm(schemes, "schemes", disable=None):
+        missing = comparison.missing(scheme, list(texts))
+        if not missing:
+            continue
+        if scheme == FULL_PRECISION:
+            comparison.add(
+                scheme, {t: losses(model, texts[t]) for t in missing}, {"width": 1, "bits": [16, 16]}
+            )
+            continue
+        way = scheme.rotation, scheme.smoothing
+        if way not in changed:
+            changed = {way: _transposed([transformed(scheme, layer) for layer in layers])}
+        before, of = changed[way]
+        key = *way, scheme.weights, scheme.residuals
+
+        def plans(scheme: Scheme = scheme, of: list[Layer] = of, key: tuple = key) -> list[list[Plan]]:
+            if key not in planned:
+                planned[key] = [
+                    plans_of(scheme, layer) for layer in tqdm(of, "plans", leave=False, disable=None)
+                ]
+            return planned[key]
+
+        chosen = selections(scheme, of, plans)
+        ready = {
+            layer.name: quantized(scheme, layer, b, selection)
+            for layer, b, selection in zip(of, before, chosen)
+        }
+        summary = _summary(scheme, layers, ready)
+        comparison.add(scheme, {t: losses(model, texts[t], ready) for t in missing}, summary)
+
+
+FULL_PRECISION = Scheme(label="float32", activations="exact", weights="exact")
+
+
+def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], list[Layer]]:
+    return [before for before, _ in pairs], [layer for _, layer in pairs]
+
+
+def _summary(scheme: Scheme, layers: list[Layer], ready: dict[str, Quantized]) -> dict[str, Any]:
+    """K'/K weighted by the size of the products, bits of a stored activation and weight; and of each layer S,
+    S_w and the output error on 256 calibration tokens."""
+    rows, wide, plain, stored, channels = [], 0, 0, 0, 0
+    for layer in layers:
+        q, (n, k) = ready[layer.name], layer.weights.shape
+        x = layer.x[:: max(1, len(layer.x) // 256)].astype(np.float32)
+        y = x @ layer.weights.T
+        error = np.linalg.norm(y - q.activations(x) @ q.weights.T, axis=1) / np.linalg.norm(y, axis=1)
+        wide, plain = wide + n * q.selection.augmented_K, plain + n * k
+        stored, channels = stored + q.selection.augmented_K, channels + k
+        rows.append(
+            {
+                "layer": layer.name,
+                "K": k,
+                "N": n,
+                "activation_residuals": q.selection.num_residual,
+                "weight_residuals": len(q.selection.weight_channels),
+                "output_error": round(float(error.mean()), 5),
+            }
+        )
+    bits = [BITS[scheme.activations] * stored / channels, BITS[scheme.weights] * wide / plain]
+    return {"width": wide / plain, "bits": bits, "layers": rows}
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line a scheme: K'/K, bits, and per text perplexity and loss above float32 ± its standard error."""
+    schemes = results["schemes"]
+    base = schemes["float32"]["losses"]
+    lines = []
+    head = f"{'scheme':<44}{'K/K':>6}{'bits x, w':>12}"
+    counts = f"{'':<62}"
+    for text, values in base.items():
+        head += f"   {text:>27}"
+        counts += f"   {f'{len(values)} windows':>27}"
+    lines += [head, counts]
+    for label, held in schemes.items():
+        line = f"{label:<44}{held['width']:>6.3f}{held['bits'][0]:>6.2f}{held['bits'][1]:>6.2f}"
+        for text, reference in base.items():
+            found = held["losses"].get(text)
+            line += f"   {_cell(found, reference):>27}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _cell(found: list[float] | None, base: list[float]) -> str:
+    if found is None:
+        return ""
+    mean, error = paired(found, base)
+    return f"{np.exp(np.mean(found)):.2f}   +{mean:.4f} ± {error:.4f}"
+
+
+def paired(found: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the difference of two schemes' losses over the same windows."""
+    difference = np.asarray(found) - np.asarray(base)
+    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def fingerprint(windows: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(windows, np.int64).tobytes()).hexdigest()[:16]
