@@ -239,6 +239,43 @@ def run_bench(args: argparse.Namespace) -> None:
             figure.savefig(file, format="png", dpi=120)
 
 
+def run_model(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".json")
+    _require_suffix(args.plot, ".png")
+    backends.get("emulator")  # or the reason why not
+    from . import model_results
+    from .schemes import SCHEMES
+
+    if args.show:
+        results = model_results.read(args.output)
+    else:
+        labels = [scheme.label for scheme in SCHEMES]
+        unknown = [label for label in args.scheme or () if label not in labels]
+        if unknown:
+            raise ValueError(f"--scheme {unknown[0]!r} is none of {', '.join(map(repr, labels))}.")
+        wanted = [s for s in SCHEMES if not args.scheme or s.label in [*args.scheme, labels[0]]]
+        try:
+            from .evaluate import Reading, run
+        except ModuleNotFoundError as error:
+            raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
+        reading = Reading(
+            model=args.model,
+            calibration=args.calibration,
+            calibration_windows=args.calibration_windows,
+            texts=args.text or ["wikipedia"],
+            windows=args.windows,
+            length=args.length,
+        )
+        results = run(reading, wanted, args.output)
+    print(model_results.table(results))
+    if args.plot:
+        from .plots import model_figure
+
+        figure = model_figure(results)
+        with written_whole(args.plot) as file:
+            figure.savefig(file, format="png", dpi=120)
+
+
 def run_compare(args: argparse.Namespace) -> int:
     if len(args.tensors) > 2 or (len(args.tensors) == 1 and args.input is None):
         raise ValueError(
@@ -442,6 +479,24 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=int, default=4096, help="rows and columns to quantize; products have size/4"
     )
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw time against size, from 256 up")
+
+    p = command("model", run_model, "a language model under many schemes: perplexity against width, by layer")
+    p.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.json", help="results; resumed if there"
+    )
+    p.add_argument(
+        "--model", type=Path, metavar="PATH", help="a GGUF file or a folder of safetensors (default SmolLM2)"
+    )
+    p.add_argument(
+        "--calibration", default="wikipedia", metavar="TEXT", help="wikipedia, topics, code or file:PATH"
+    )
+    p.add_argument("--calibration-windows", type=int, default=16, metavar="N", help="windows to calibrate on")
+    p.add_argument("--text", action="append", metavar="TEXT", help=f"to evaluate on: {text}; may be repeated")
+    p.add_argument("--windows", type=int, default=32, help="of each text")
+    p.add_argument("--length", type=int, default=512, help="tokens of a window")
+    p.add_argument("--scheme", action="append", metavar="LABEL", help="only this scheme; may be repeated")
+    p.add_argument("--show", action="store_true", help="print the table of FILE.json, run nothing")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw loss against width")
 
     p = command(
         "compare",

@@ -4,11 +4,9 @@ Perplexity is exp of the mean loss over windows that are read on their own; ever
 so differences are paired. Results are written after each scheme, and what a file holds is not run again.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from . import texts
 from .formats import Float32, Float64
-from .model import Llama
+from .model import WEIGHTS, Llama, find_weights
+from .model_results import FULL_PRECISION, Comparison, fingerprint
 from .plan import Plan
 from .schemes import BITS, Layer, Quantized, Scheme, plans_of, quantized, selections, transformed
-from .tensor import written_whole
 
 SITES = {  # linear layers that read one input are one product: X' is made once
     "attn_in": ("attn_q", "attn_k", "attn_v"),
@@ -128,59 +127,68 @@ def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized
     return np.array(found)
 
 
-class Comparison:
-    """The results of one model and calibration, in a JSON file that grows scheme by scheme."""
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is read: the model's file (SmolLM2's if none), texts and how many windows of them."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.results: dict[str, Any] = {"settings": settings, "schemes": {}}
-        if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            different = [key for key, value in settings.items() if held.get("settings", {}).get(key) != value]
-            if different:
-                raise ValueError(
-                    f"{path} holds results of other settings ({', '.join(different)}). Write to another "
-                    f"file, or delete it."
-                )
-            self.results = held
+    model: Path | None = None
+    calibration: str = "wikipedia"
+    calibration_windows: int = 16
+    texts: Sequence[str] = ("wikipedia",)
+    windows: int = 32
+    length: int = 512
+    part: str = "evaluation"
 
-    def missing(self, scheme: Scheme, texts: Sequence[str]) -> list[str]:
-        held = self.results["schemes"].get(scheme.label, {})
-        if held and held["scheme"] != json.loads(json.dumps(asdict(scheme))):
-            raise ValueError(
-                f"{self.path} holds another scheme named {scheme.label!r}. Write to another file."
-            )
-        return [text for text in texts if text not in held.get("losses", {})]
 
-    def add(self, scheme: Scheme, found: dict[str, Float64], summary: dict[str, Any]) -> None:
-        held = self.results["schemes"].setdefault(
-            scheme.label, {"scheme": asdict(scheme), "losses": {}} | summary
-        )
-        held["losses"] |= {text: values.round(6).tolist() for text, values in found.items()}
-        with written_whole(self.path) as file:
-            file.write(json.dumps(self.results, indent=1).encode())
+def run(reading: Reading, schemes: Sequence[Scheme], path: Path) -> dict[str, Any]:
+    """Evaluate what the file at `path` does not hold yet; returns all it holds then."""
+    model = Llama(reading.model or find_weights())
+    count = reading.calibration_windows
+    calibration = texts.windows(reading.calibration, model.encode, count, reading.length, "calibration")
+    evaluation = {
+        name: texts.windows(name, model.encode, reading.windows, reading.length, reading.part)
+        for name in reading.texts
+    }
+    settings = {
+        "model": reading.model.name if reading.model else f"SmolLM2-135M-Instruct, {WEIGHTS}",
+        "calibration": f"{reading.calibration}, {count} x {reading.length} tokens",
+        "calibration tokens": fingerprint(calibration),
+    }
+    described = {
+        name: {
+            "windows": len(w),
+            "length": reading.length,
+            "part": reading.part,
+            "tokens": fingerprint(w),
+            "provenance": texts.provenance(name),
+        }
+        for name, w in evaluation.items()
+    }
+    comparison = Comparison(path, settings, described)
+    compare(model, calibration, evaluation, schemes, comparison)
+    return comparison.results
 
 
 def compare(
     model: Llama,
     calibration: NDArray[np.int64],
-    texts: dict[str, NDArray[np.int64]],
+    evaluation: dict[str, NDArray[np.int64]],
     schemes: Sequence[Scheme],
     comparison: Comparison,
 ) -> None:
     """Run what the file does not hold yet."""
-    if not any(comparison.missing(scheme, list(texts)) for scheme in schemes):
+    if not any(comparison.missing(scheme, evaluation) for scheme in schemes):
         return
     layers = calibrate(model, calibration)
     changed: dict[tuple, tuple[list[Callable], list[Layer]]] = {}
     planned: dict[tuple, list[list[Plan]]] = {}
     for scheme in tqdm(schemes, "schemes", disable=None):
-        missing = comparison.missing(scheme, list(texts))
+        missing = comparison.missing(scheme, evaluation)
         if not missing:
             continue
-        if scheme == FULL_PRECISION:
+        if scheme.label == FULL_PRECISION:
             comparison.add(
-                scheme, {t: losses(model, texts[t]) for t in missing}, {"width": 1, "bits": [16, 16]}
+                scheme, {t: losses(model, evaluation[t]) for t in missing}, {"width": 1, "bits": [16, 16]}
             )
             continue
         way = scheme.rotation, scheme.smoothing
@@ -202,10 +210,7 @@ def compare(
             for layer, b, selection in zip(of, before, chosen)
         }
         summary = _summary(scheme, layers, ready)
-        comparison.add(scheme, {t: losses(model, texts[t], ready) for t in missing}, summary)
-
-
-FULL_PRECISION = Scheme(label="float32", activations="exact", weights="exact")
+        comparison.add(scheme, {t: losses(model, evaluation[t], ready) for t in missing}, summary)
 
 
 def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], list[Layer]]:
@@ -235,40 +240,3 @@ def _summary(scheme: Scheme, layers: list[Layer], ready: dict[str, Quantized]) -
         )
     bits = [BITS[scheme.activations] * stored / channels, BITS[scheme.weights] * wide / plain]
     return {"width": wide / plain, "bits": bits, "layers": rows}
-
-
-def table(results: dict[str, Any]) -> str:
-    """A line a scheme: K'/K, bits, and per text perplexity and loss above float32 ± its standard error."""
-    schemes = results["schemes"]
-    base = schemes["float32"]["losses"]
-    lines = []
-    head = f"{'scheme':<44}{'K/K':>6}{'bits x, w':>12}"
-    counts = f"{'':<62}"
-    for text, values in base.items():
-        head += f"   {text:>27}"
-        counts += f"   {f'{len(values)} windows':>27}"
-    lines += [head, counts]
-    for label, held in schemes.items():
-        line = f"{label:<44}{held['width']:>6.3f}{held['bits'][0]:>6.2f}{held['bits'][1]:>6.2f}"
-        for text, reference in base.items():
-            found = held["losses"].get(text)
-            line += f"   {_cell(found, reference):>27}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
-
-
-def _cell(found: list[float] | None, base: list[float]) -> str:
-    if found is None:
-        return ""
-    mean, error = paired(found, base)
-    return f"{np.exp(np.mean(found)):.2f}   +{mean:.4f} ± {error:.4f}"
-
-
-def paired(found: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the difference of two schemes' losses over the same windows."""
-    difference = np.asarray(found) - np.asarray(base)
-    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
-
-
-def fingerprint(windows: NDArray[np.int64]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(windows, np.int64).tobytes()).hexdigest()[:16]
