@@ -1,7 +1,7 @@
 """The emulator: a tensor core's bits on any CPU. The face of arcquant_ref in Numba, on float32 bits."""
 
 from .augment import augment_activations, augment_weights, rmsnorm_augment_activations
-from .baselines import int4, mxfp4, mxfp8
+from .baselines import four_over_six, int4, mxfp4, mxfp8
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
 from .gemm import matmul, matmul_fma, matmul_fp16
 from .quantize import dequantize, pack, quantize, quantize_weighted
@@ -15,6 +15,7 @@ __all__ = [
     "dequantize",
     "encode_e2m1",
     "encode_e4m3",
+    "four_over_six",
     "int4",
     "matmul",
     "matmul_fma",

@@ -1,4 +1,4 @@
-"""The fast baselines: every bit of the reference's values, of every dtype."""
+"""The fast baselines: every bit of the reference's values and of the recipe's bytes, of every dtype."""
 
 import ml_dtypes
 import numpy as np
@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
-from strategies import matrices
-from support import finite_bf16, neighbours
+from strategies import matrices, tensor_scales
+from support import assert_same_tensor, finite_bf16, neighbours
 
 import emulator
+from arcquant_ref import NVFP4Tensor
 from arcquant_ref import baselines as reference
-from arcquant_ref.formats import E2M1, E4M3
-from emulator import baselines
+from arcquant_ref.formats import BLOCK, E2M1, E4M3
+from emulator import baselines, recipes
 
 RULES = ["ceiling_exponent", "floor_exponent"]
 MX = {"mxfp8": E4M3, "mxfp4": E2M1}
@@ -46,10 +47,12 @@ def assert_int4_agrees(x: NDArray, values: NDArray[np.float32] | None = None) ->
     assert_same_bits(emulator.int4(x), expected, x)
 
 
-def any_float32(multiple: int, across: int) -> st.SearchStrategy[NDArray[np.float32]]:
+def any_float32(
+    multiple: int, across: int, elements: st.SearchStrategy[int] = finite
+) -> st.SearchStrategy[NDArray[np.float32]]:
     """Any finite bits, subnormals and both zeros among them."""
     shapes = st.tuples(st.integers(1, 3), st.integers(1, across).map(lambda n: multiple * n))
-    return shapes.flatmap(lambda shape: arrays(np.uint32, shape, elements=finite)).map(
+    return shapes.flatmap(lambda shape: arrays(np.uint32, shape, elements=elements)).map(
         lambda bits: bits.view(np.float32)
     )
 
@@ -175,3 +178,109 @@ def test_the_errors_are_those_of_the_reference(name, x):
         assert str(raised.value) == text
     else:
         assert (name, x.shape) == ("int4", (2, 40))
+
+
+FOUR_OVER_SIX = recipes.RECIPES["fouroversix (4/6)"]
+LEAST_AMAX = 1536 * 2.0**-126
+
+
+def by_the_recipe(x: NDArray, amax: np.float32) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    q = recipes.quantize(FOUR_OVER_SIX, x, amax)
+    return q.codes, q.block_scales
+
+
+def assert_4_over_6_agrees(x: NDArray, tensor_scale: float | None = None) -> NVFP4Tensor:
+    amax = recipes.quantize(FOUR_OVER_SIX, x).tensor_scale
+    own = max(amax, np.float32(LEAST_AMAX)) if amax else np.float32(1536)
+    amax = own if tensor_scale is None else np.float32(tensor_scale) * np.float32(1536)
+    codes, block_scales = by_the_recipe(x, amax)
+    expected_scale = own / np.float32(1536) if tensor_scale is None else np.float32(tensor_scale)
+    got = emulator.four_over_six(x, tensor_scale)
+    expected = NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=expected_scale)
+    assert_same_tensor(got, expected)
+    return got
+
+
+@pytest.mark.parametrize("matrix", stress.inputs())
+def test_4_over_6_makes_the_bytes_of_the_recipe(matrix):
+    x = stress.inputs()[matrix]
+    got, recipe = assert_4_over_6_agrees(x), recipes.quantize(FOUR_OVER_SIX, x)
+    if matrix != "tiny, bfloat16":  # 1536 / A overflows: there all codes of the recipe are those of NaN
+        np.testing.assert_array_equal(got.codes, recipe.codes)
+        np.testing.assert_array_equal(got.block_scales, recipe.block_scales)
+        assert got.tensor_scale == (recipe.tensor_scale / np.float32(1536) or 1)
+    else:
+        assert (recipe.codes == 0xB).all()
+    for static in (1.0, 2.0**-126, 1 / 3, float(got.tensor_scale) / 2, float(got.tensor_scale) * 1.7):
+        if static >= 2.0**-126:
+            assert_4_over_6_agrees(x, min(static, 2e35))
+
+
+# 2⁻¹²⁶ … 2⁻¹¹⁰ is where the inverse of a step overflows
+@given(
+    st.one_of(matrices(), any_float32(16, 3)), st.one_of(tensor_scales, st.floats(-126, -110).map(np.exp2))
+)
+def test_4_over_6_of_any_matrix(x, tensor_scale):
+    assert_4_over_6_agrees(x, tensor_scale)
+
+
+@given(any_float32(16, 4, st.integers(0, 0x0E000000)), st.floats(-126, -115).map(np.exp2))
+def test_4_over_6_of_the_smallest_numbers(x, tensor_scale):
+    """Infinite inverses of steps: codes of NaN, whose values are those of 8, and of 6 where x is zero."""
+    assert_4_over_6_agrees(x * np.float32([1, -1] * (x.shape[1] // 2)), tensor_scale)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_4_over_6_of_many_random_blocks(seed):
+    """Whose squared errors are near one another: the order of a sum decides."""
+    rng = np.random.default_rng(seed)
+    x = rng.choice([1, 2, 3, 4, 4.5, 5, 6], (64, 64)) * rng.choice([1, 1 + 2.0**-12, 1 - 2.0**-14], (64, 64))
+    assert_4_over_6_agrees((x * np.exp2(rng.integers(-3, 4, (64, 1)))).astype(np.float32))
+
+
+def test_a_tie_between_4_and_6_stays_with_6():
+    """Both without an error: 6 = 6 · 1 = 4 · 1.5 and 3 = 3 · 1 = 2 · 1.5."""
+    x = np.float32([[6, 3, -6, 0] * 4])
+    got = assert_4_over_6_agrees(x, 1.0)
+    assert got.block_scales == 0x38
+    assert got.codes[0, :4].tolist() == [7, 5, 15, 0]
+    np.testing.assert_array_equal(emulator.dequantize(got), x)
+
+
+def test_4_over_6_beats_6_where_elements_lie_at_5_steps():
+    x = np.float32([[6, 4.5] * 8])  # 6 and 4.5 are 4 and 3 times 1.5
+    got = assert_4_over_6_agrees(x, 1.0)
+    np.testing.assert_array_equal(emulator.dequantize(got), x)
+    assert (emulator.dequantize(emulator.quantize(x, 1.0)) != x).any()
+
+
+def test_4_over_6_does_not_clamp():
+    """Seven steps and more become −0: the recipe's defect, kept."""
+    x = np.zeros((1, BLOCK), np.float32)
+    x[0, :4] = [7 * 448, -7 * 448, 6.9 * 448, 1e6]
+    assert assert_4_over_6_agrees(x, 1.0).codes[0, :4].tolist() == [8, 8, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, ml_dtypes.bfloat16])
+def test_4_over_6_of_other_dtypes(dtype):
+    assert_4_over_6_agrees(np.random.default_rng(10).standard_normal((5, 160)).astype(dtype))
+
+
+@pytest.mark.parametrize("x", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("tensor_scale", [None, 1.0])
+def test_4_over_6_raises_what_quantize_raises(x, tensor_scale):
+    if x.shape == (2, 40):
+        x = x[:, :20]
+    with pytest.raises((TypeError, ValueError)) as expected:
+        emulator.quantize(x, tensor_scale)
+    with pytest.raises(expected.type) as raised:
+        emulator.four_over_six(x, tensor_scale)
+    assert str(raised.value) == str(expected.value)
+
+
+def test_4_over_6_refuses_tensor_scales():
+    x = np.ones((1, 16), np.float32)
+    with pytest.raises(ValueError, match="tensor_scale=0 is not a positive, finite, normal float32"):
+        emulator.four_over_six(x, 0)
+    with pytest.raises(ValueError, match=r"tensor_scale=3.*e\+35 times 1536 is beyond float32\. Scale x"):
+        emulator.four_over_six(x, 2.0**118)

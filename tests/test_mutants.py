@@ -187,6 +187,26 @@ EMULATOR_MUTANTS += [
     ("baselines", BASELINES, "np.rint(float_of(bits[i]) / step)", "np.trunc(float_of(bits[i]) / step)"),
     ("baselines", BASELINES, "min(TOP_LEVEL, level)", "min(TOP_LEVEL + 1, level)"),
     ("baselines", BASELINES, "f32(1) if step == 0 else step", "step"),
+    ("baselines", BASELINES, "squares4[part]) < sum_of", "squares4[part]) <= sum_of"),  # a tie goes to 4
+    (
+        "baselines",
+        BASELINES,
+        "total += squares[i] + squares[i + BLOCK // 2]",
+        "total += squares[2 * i] + squares[2 * i + 1]",
+    ),
+    (
+        "baselines",
+        BASELINES,
+        "* scale * tensor_amax / FOUR_OVER_SIX_MAX - x",
+        "* (scale * (tensor_amax / FOUR_OVER_SIX_MAX)) - x",
+    ),
+    ("baselines", BASELINES, "f32(1) / (decode * scale)", "f32(1) / decode / scale"),
+    ("baselines", BASELINES, "E2M1_MAX if u32(bits & MAGNITUDE) > INF else value", "value"),
+    ("baselines", BASELINES, "if nearest != MINUS_ZERO or scaled < 0 else", "if True else"),
+    ("baselines", BASELINES, "MINUS_ZERO if magnitude >= ROUNDS_TO_EIGHT else code", "code"),  # clamped
+    ("baselines", BASELINES, "NOT_FINITE if magnitude >= INF else code", "code"),
+    ("baselines", BASELINES, "nearest_value(bits, EIGHT,", "nearest_value(bits, ROUNDS_TO_EIGHT - u32(1),"),
+    ("baselines", BASELINES, "max(amax, FOUR_OVER_SIX_MAX * LEAST_NORMAL)", "max(amax, f32(0))"),
 ]
 RECIPES, COMPARE = "test_recipes.py", "test_compare.py"
 EMULATOR_MUTANTS += [
