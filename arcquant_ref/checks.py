@@ -78,6 +78,15 @@ def tensor_scale(value: Any) -> np.float32:
     return scale
 
 
+def in_float32(name: str, value: np.float32, factor: float) -> np.float32:
+    """value · factor as float32, not beyond it."""
+    with np.errstate(over="ignore"):
+        product = value * np.float32(factor)
+    if not np.isfinite(product):
+        raise ValueError(f"{name}={value} times {factor:g} is beyond float32. Scale x down, or leave it out.")
+    return product
+
+
 def codes(name: str, array: Any, bits: int) -> NDArray[np.uint8]:
     """`array` as uint8 codes below 2**bits."""
     array = np.asarray(array)

@@ -111,9 +111,14 @@ def tensor_scale_for(
     """The caller's tensor scale, or the one that follows from all of x."""
     if tensor_scale is not None:
         return checks.tensor_scale(tensor_scale)
+    return f32(_tensor_scale(tensor_amax(name, x, bits)))
+
+
+def tensor_amax(name: str, x: ArrayLike, bits: Bits) -> u32:
+    """The bits of the largest |x|."""
     amax = max(over_rows(lambda start, stop: _amax(bits[start:stop]), len(bits)))
     refuse_non_finite(name, x, amax)
-    return f32(_tensor_scale(amax))
+    return u32(amax)
 
 
 def pack(codes: ArrayLike) -> Codes:

@@ -172,6 +172,42 @@ EMULATOR_MUTANTS = [
 ]
 
 
+BASELINES = "test_emulator_baselines.py"
+EMULATOR_MUTANTS += [
+    ("baselines", BASELINES, "fraction - (_bits_of", "fraction + u32(1) - (_bits_of"),  # 448 and 6 doubled
+    ("baselines", BASELINES, "    return u32(0)\n", "    return u32(2**MANTISSA // 2)\n"),  # to nearest
+    ("baselines", BASELINES, "u32(top_exponent - LEAST_EXPONENT))", "u32(0))"),  # scales below 2⁻¹²⁷
+    ("baselines", BASELINES, "min(u32(bits & MAGNITUDE), top)", "u32(bits & MAGNITUDE)"),  # not saturating
+    (
+        "baselines",
+        BASELINES,
+        "(float_of(magnitude) + magic)",
+        "(float_of(u32(magnitude + 1)) + magic)",
+    ),  # ties
+    ("baselines", BASELINES, "np.rint(float_of(bits[i]) / step)", "np.trunc(float_of(bits[i]) / step)"),
+    ("baselines", BASELINES, "min(TOP_LEVEL, level)", "min(TOP_LEVEL + 1, level)"),
+    ("baselines", BASELINES, "f32(1) if step == 0 else step", "step"),
+    ("baselines", BASELINES, "squares4[part]) < sum_of", "squares4[part]) <= sum_of"),  # a tie goes to 4
+    (
+        "baselines",
+        BASELINES,
+        "total += squares[i] + squares[i + BLOCK // 2]",
+        "total += squares[2 * i] + squares[2 * i + 1]",
+    ),
+    (
+        "baselines",
+        BASELINES,
+        "* scale * tensor_amax / FOUR_OVER_SIX_MAX - x",
+        "* (scale * (tensor_amax / FOUR_OVER_SIX_MAX)) - x",
+    ),
+    ("baselines", BASELINES, "f32(1) / (decode * scale)", "f32(1) / decode / scale"),
+    ("baselines", BASELINES, "E2M1_MAX if u32(bits & MAGNITUDE) > INF else value", "value"),
+    ("baselines", BASELINES, "if nearest != MINUS_ZERO or scaled < 0 else", "if True else"),
+    ("baselines", BASELINES, "MINUS_ZERO if magnitude >= ROUNDS_TO_EIGHT else code", "code"),  # clamped
+    ("baselines", BASELINES, "NOT_FINITE if magnitude >= INF else code", "code"),
+    ("baselines", BASELINES, "nearest_value(bits, EIGHT,", "nearest_value(bits, ROUNDS_TO_EIGHT - u32(1),"),
+    ("baselines", BASELINES, "max(amax, FOUR_OVER_SIX_MAX * LEAST_NORMAL)", "max(amax, f32(0))"),
+]
 RECIPES, COMPARE = "test_recipes.py", "test_compare.py"
 EMULATOR_MUTANTS += [
     ("recipes", RECIPES, '"a / (6 * dec)"', '"a / 6 / dec"'),  # ModelOpt
@@ -231,7 +267,11 @@ for package, mutants in (
 NOTHING = ("arcquant_ref/gemm.py", "MAX_DEPTH = ", "MAX_DEPTH = ")
 UNCHANGED = {  # or every mutant would be caught by the copying
     "unchanged core": (BOTH[:1], *NOTHING, core_first("formats")),
-    "unchanged emulator": (BOTH, *NOTHING, [STEPS, PRODUCT, CODES, BOUNDS, PROOF, RECIPES, COMPARE]),
+    "unchanged emulator": (
+        BOTH,
+        *NOTHING,
+        [STEPS, PRODUCT, CODES, BOUNDS, PROOF, BASELINES, RECIPES, COMPARE],
+    ),
 }
 in_ci = pytest.mark.skipif(
     not os.environ.get("CI"), reason="in CI only: every mutant is a test run of its own"

@@ -64,6 +64,10 @@ SHARED = {
     "BLOCK",
     "E2M1",
     "E4M3",
+    "E8M0",
+    "MX_BLOCK",
+    "INT4_GROUP",
+    "INT4_MAX",
     "Codes",
     "Float32",
     "Float64",
@@ -71,6 +75,7 @@ SHARED = {
     "NVFP4Tensor",
     "Selection",
 }
+FORMATS = {"E2M1", "E4M3", "E8M0", "fmt"}
 WIDTHS = {"exponent_bits", "mantissa_bits", "magnitude_bits", "bits", "bias", "nan_codes"}
 
 
@@ -82,7 +87,7 @@ def test_the_emulator_shares_types_widths_and_checks_but_no_arithmetic():
                 assert {alias.name for alias in node.names} <= SHARED, (path.name, node.lineno)
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("arcquant_ref") for alias in node.names), path.name
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("E2M1", "E4M3", "fmt"):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in FORMATS:
                 assert node.attr in WIDTHS, (path.name, node.lineno)
             if isinstance(node, ast.Constant) and not isinstance(node.value, bool):
                 assert node.value not in (6, 448, 2688, 0.5, 1.5, 464), (path.name, node.lineno)
@@ -108,7 +113,7 @@ def test_gpu_shares_types_widths_and_checks_but_no_arithmetic():
             if isinstance(node, ast.Import):
                 tops = {alias.name.split(".")[0] for alias in node.names}
                 assert not tops & {"arcquant_ref", "emulator"}, (path.name, node.lineno)
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("E2M1", "E4M3", "fmt"):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in FORMATS:
                 assert node.attr in WIDTHS | {"name"}, (path.name, node.lineno)
 
 
