@@ -482,16 +482,15 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("model", run_model, "a language model under many schemes: perplexity against width, by layer")
     p.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE.json", help="results; resumed if there"
+        "-o", "--output", type=Path, required=True, metavar="FILE.json", help="results; what is there is kept"
     )
-    p.add_argument(
-        "--model", type=Path, metavar="PATH", help="a GGUF file or a folder of safetensors (default SmolLM2)"
-    )
-    p.add_argument(
-        "--calibration", default="wikipedia", metavar="TEXT", help="wikipedia, topics, code or file:PATH"
-    )
+    p.add_argument("--model", type=Path, metavar="PATH", help="GGUF or a folder of safetensors, not SmolLM2")
+    names = "wikipedia, topics, code or file:PATH"
+    p.add_argument("--calibration", default="wikipedia", metavar="TEXT", help=f"{names}; default wikipedia")
     p.add_argument("--calibration-windows", type=int, default=16, metavar="N", help="windows to calibrate on")
-    p.add_argument("--text", action="append", metavar="TEXT", help=f"to evaluate on: {text}; may be repeated")
+    p.add_argument(
+        "--text", action="append", metavar="TEXT", help=f"to evaluate on: {names}; may be repeated"
+    )
     p.add_argument("--windows", type=int, default=32, help="of each text")
     p.add_argument("--length", type=int, default=512, help="tokens of a window")
     p.add_argument("--scheme", action="append", metavar="LABEL", help="only this scheme; may be repeated")

@@ -108,6 +108,7 @@ def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized
     """Mean loss of each (length,) window, with these layers quantized; (count,) float64."""
     where = {n: (site, i) for site, names in sites(model).items() for i, n in enumerate(names)}
     parts: dict[str, list[Tensor]] = {}
+    layers = layers or {}
     for site, names in sites(model).items() if layers else ():
         rows = [len(model.weights[f"{name}.weight"]) for name in names]
         parts[site] = list(torch.from_numpy(layers[site].weights).split(rows))

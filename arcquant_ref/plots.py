@@ -1,11 +1,13 @@
 """Pictures. Each function returns a figure; matplotlib is imported only here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import bounds, demo, prove
@@ -13,6 +15,7 @@ from .augment import augment_activations, merge
 from .baselines import MX_BLOCK, mxfp8
 from .bench import Row
 from .formats import BLOCK, Float64
+from .model_results import FULL_PRECISION, paired
 from .quantize import exact_values, quantize
 from .sample import Layer
 from .select import TAU, calibrate, select, select_top
@@ -114,6 +117,57 @@ def _error_against_s(axes: Axes, layer: Layer) -> None:
     axes.axhline(limit, color=BLUE, linestyle=":", label=demo.REORDERED)
     axes.set_ylim(0, 1.1 * max(plain, *errors))
     axes.set_xlabel("residual channels S")
+
+
+def model_figure(results: dict[str, Any]) -> Figure:
+    """Loss above float32 against the product's width, one panel a text, with paired standard errors."""
+    names = list(results["texts"])
+    figure = Figure(figsize=(1 + 5 * len(names), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axes, text in zip(panels, names):
+        _width_curves(axes, results["schemes"], text)
+        axes.set(
+            title=f"{text}, {results['texts'][text]['windows']} windows",
+            xlabel="width K' / K of the products",
+        )
+    panels[0].set_ylabel("loss above float32 (nats per token)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("What extra columns buy: the paper's selection, and residuals planned on both sides")
+    return figure
+
+
+def _width_curves(axes: Axes, schemes: dict[str, Any], text: str) -> None:
+    base = schemes[FULL_PRECISION]["losses"][text]
+    held = {label: s for label, s in schemes.items() if text in s["losses"]}
+
+    def points(wanted: Callable[[dict], bool]) -> NDArray:
+        found = [(s["width"], *paired(s["losses"][text], base)) for s in held.values() if wanted(s["scheme"])]
+        return np.array(sorted(found)).reshape(-1, 3).T
+
+    for residuals, name, color in (("top", "ARC, largest amax", ORANGE), ("two-sided", "two-sided", BLUE)):
+        for weights, style, filled in (("nvfp4", "--", "none"), ("searched", "-", color)):
+
+            def wanted(s: dict, residuals: str = residuals, weights: str = weights) -> bool:
+                same = s["residuals"] in (residuals, "tau" if residuals == "top" else residuals, "none")
+                return same and s["weights"] == weights and s["activations"] == "nvfp4" and is_plain(s)
+
+            width, loss, error = points(wanted)
+            axes.errorbar(
+                width, loss, error, color=color, linestyle=style, marker="o" if residuals == "top" else "s",
+                markerfacecolor=filled, capsize=3, label=f"{name}{', searched scales' * (weights != 'nvfp4')}",
+            )  # fmt: skip
+    for label, style in (("W4A16", ":"), ("W4A16, searched scales", "-.")):
+        if label in held:
+            axes.axhline(
+                paired(held[label]["losses"][text], base)[0], color=GREY, linestyle=style, label=label
+            )
+    axes.set_ylim(bottom=0)
+
+
+def is_plain(scheme: dict[str, Any]) -> bool:
+    """Neither rotated nor smoothed."""
+    return scheme["rotation"] == "none" and scheme["smoothing"] is None
 
 
 def growth_figure(rows: Sequence[Row]) -> Figure:
