@@ -169,7 +169,11 @@ def _gguf_tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
             f"{path} has a tokenizer of model {kind[0]!r} and rule {kind[1]!r}; of GGUF's only 'gpt2' with "
             f"'smollm' is supported. Give the model as a Hugging Face folder: its tokenizer.json says it all."
         )
-    tokens, merges, types = (fields[f"tokenizer.ggml.{part}"] for part in ("tokens", "merges", "token_type"))
+    names = [f"tokenizer.ggml.{part}" for part in ("tokens", "merges", "token_type")]
+    for name in names:
+        if name not in fields:
+            raise ValueError(f"{path} has no field {name!r}, which its tokenizer needs. {WANTED}")
+    tokens, merges, types = (fields[name] for name in names)
     if set(types) - {NORMAL, CONTROL}:
         raise ValueError(
             f"{path} has tokens of types {sorted(set(types))}; of GGUF's only {NORMAL} (normal) and "

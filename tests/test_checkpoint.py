@@ -341,6 +341,7 @@ WRONG_FILES = {
         r"a tokenizer of model 'gpt2' and rule 'llama-bpe'; .* Give the model as a Hugging Face folder",
     ),
     "pieces": ({"tokenizer.ggml.model": "llama"}, {}, "llama", r"a tokenizer of model 'llama' and rule"),
+    "no merges": ({"tokenizer.ggml.merges": ...}, {}, "llama", r"has no field 'tokenizer\.ggml\.merges'"),
     "token types": ({"tokenizer.ggml.token_type": [1] * 299 + [4]}, {}, "llama", r"types \[1, 4\]; of GGUF"),
     "missing": ({"llama.block_count": 3}, {}, "llama", r"lacks tensors of its config: blk\.2\..* first of 9"),
     "left over": ({}, {"blk.0.attn_q.bias": torch.ones(32)}, "llama", r"has not: blk\.0\.attn_q\.bias"),
@@ -357,6 +358,15 @@ WRONG_FILES = {
 def test_sentences_of_a_gguf_file(write_gguf, fields, weights, family, message):
     with pytest.raises(ValueError, match=message):
         Llama(write_gguf(fields, weights, family))
+
+
+@pytest.mark.parametrize("part", [0.01, 0.1, 0.5, 0.999])
+def test_a_cut_gguf_file_is_damaged(write_gguf, part):
+    path = write_gguf()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match=r"model\.gguf is damaged or not a GGUF file .* Give a GGUF file"):
+        Llama(path)
 
 
 def test_sentences_of_files(write, tmp_path):
