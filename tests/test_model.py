@@ -53,6 +53,32 @@ def test_observing_layers_changes_nothing(model):
     }
 
 
+def test_forward_leaves_gradients_to_the_caller(model, monkeypatch):
+    """And they are those of the loss, which a short step against the gradient lowers by what they say."""
+    torch = optional("torch")
+    tokens = model.encode(TEXT)[:16]
+    name = "blk.3.attn_k.weight"
+    w = model.weights[name].clone().requires_grad_()
+
+    def loss():
+        return torch.nn.functional.cross_entropy(model.forward(tokens)[:-1], tokens[1:])
+
+    assert model.logits(tokens).is_inference()
+    assert torch.equal(model.forward(tokens), model.logits(tokens))
+    assert not model.forward(tokens).requires_grad
+    monkeypatch.setitem(model.weights, name, w)
+    assert not model.logits(tokens).requires_grad
+    before = loss()
+    (gradient,) = torch.autograd.grad(before, w)
+    length = (
+        0.02 / gradient.norm() ** 2
+    )  # the loss falls by 0.02: far above float32's steps, and not yet bent
+    monkeypatch.setitem(model.weights, name, w.detach() - length * gradient)
+    fallen = float(before.detach() - loss())
+    print(f"loss {before.detach():.3f}, one step against the gradient lowers it by {fallen:.4f}")
+    assert 0.015 < fallen < 0.025
+
+
 def test_logits_equal_transformers(model):
     """The same weights in Hugging Face's Llama; it wants rows of Q and K in halves, GGUF has pairs."""
     torch, transformers = optional("torch"), optional("transformers")
