@@ -1,6 +1,8 @@
-"""The formats ARC is compared with, value → nearest value: MXFP8, MXFP4, INT4. Not part of the method."""
+"""What ARC is compared with: MXFP8, MXFP4 and INT4, value → nearest value; rotations and smoothing, which
+change both operands of a product and not the product. Not part of the method."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,3 +72,42 @@ def int4(x: ArrayLike) -> Float32:
         step[step == 0] = 1
         pieces.append(np.clip(np.rint(piece / step), -INT4_MAX, INT4_MAX) * step)
     return np.concatenate(pieces, axis=1)
+
+
+def hadamard(x: ArrayLike, block: int | Literal["full"]) -> Float32:
+    """(M, K) times I ⊗ H: every `block` neighbours along K by one orthonormal Walsh-Hadamard matrix.
+
+    "full" is the largest power of two that divides K: 64 for K = 576 = 64 · 9. H is symmetric and its own
+    inverse, so (x H)(w H)ᵀ = x wᵀ. Sums are float64, in Sylvester's order; one rounding to float32. Raises
+    ValueError if `block` is not a power of two that divides K, or if a sum leaves float32.
+
+    >>> hadamard(np.float32([[1, 0, 0, 0, 0, 0, 0, 1]]), 4)
+    array([[ 0.5,  0.5,  0.5,  0.5,  0.5, -0.5, -0.5,  0.5]], dtype=float32)
+    """
+    x = checks.matrix("x", x, 1)
+    size = x.shape[1] & -x.shape[1] if block == "full" else checks.power_of_two("block", block)
+    y = checks.matrix("x", x, size).reshape(-1, size).T.astype(np.float64)
+    for half in 2 ** np.arange(size.bit_length() - 1):
+        a, b = y.reshape(-1, 2, half, y.shape[1]).swapaxes(0, 1)
+        y = np.stack([a + b, a - b], axis=1).reshape(y.shape)
+    return checks.floats("x rotated", (y.T / np.sqrt(size)).reshape(x.shape))
+
+
+def smoothing(activation_amax: ArrayLike, weight_amax: ArrayLike, alpha: float = 0.5) -> Float32:
+    """(K,) factors s, for x / s and w · s: the product stays, outliers of x move to w.
+
+    s = activation_amax^alpha / weight_amax^(1 − alpha), by channel, in float64, rounded once to float32; 1
+    where either amax is zero. Raises TypeError or ValueError if these are not two rows of K finite numbers,
+    none negative, alpha is not from 0 to 1, or a factor is beyond float32. Source: SmoothQuant,
+    arXiv 2211.10438, equation 4.
+
+    >>> smoothing([16.0, 1.0, 0.0], [1.0, 4.0, 1.0], 0.5)
+    array([4. , 0.5, 1. ], dtype=float32)
+    """
+    a = checks.non_negative("activation_amax", activation_amax).astype(np.float64)
+    w = checks.non_negative("weight_amax", weight_amax).astype(np.float64)
+    checks.same_channels("activation_amax", a.shape, "weight_amax", w.shape)
+    alpha = checks.exponent_from_0_to_1("alpha", alpha)
+    used = (a > 0) & (w > 0)
+    a, w = np.where(used, a, 1), np.where(used, w, 1)
+    return checks.floats("smoothing factors", a**alpha / w ** (1 - alpha))

@@ -301,6 +301,34 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def exponent_from_0_to_1(name: str, value: Any) -> float:
+    """How much of an outlier is moved: a number from 0 to 1."""
+    if not isinstance(value, (int, float, np.floating)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number from 0 (none) to 1 (all), such as 0.5.")
+    return float(value)
+
+
+def same_channels(a: str, a_shape: tuple[int, ...], b: str, b_shape: tuple[int, ...]) -> None:
+    """Two arrays hold one number for each of the same K channels."""
+    if a_shape != b_shape or len(a_shape) != 1:
+        raise ValueError(
+            f"{a} has shape {a_shape} and {b} has {b_shape}; both must be (K,), one number for each channel "
+            f"of one layer. np.abs(x).max(axis=0) of a (rows, K) matrix makes one."
+        )
+
+
+def power_of_two(name: str, value: Any) -> int:
+    """1, 2, 4, 8 …"""
+    if (
+        not isinstance(value, (int, np.integer))
+        or isinstance(value, bool)
+        or value < 1
+        or value & (value - 1)
+    ):
+        raise ValueError(f"{name}={value!r} must be a power of two, such as 16, or 'full'.")
+    return int(value)
+
+
 def multiple_of(name: str, value: Any, block: int) -> int:
     """A positive multiple of `block`."""
     if not isinstance(value, (int, np.integer)) or value <= 0 or value % block:

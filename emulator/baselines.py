@@ -243,10 +243,9 @@ def inverse_step(scale: f32, decode: f32) -> f32:
 
 @helper
 def unclamped_value(scaled: f32) -> f32:
-    """The nearest of 0 … 6 and 8, which is one though it has no code; of NaN the value of its E2M1 code."""
-    bits = bits_of(scaled)
-    value = nearest_value(bits, EIGHT, LEAST_NORMAL_E2M1, MAGIC_E2M1)
-    return E2M1_MAX if u32(bits & MAGNITUDE) > INF else value
+    """The nearest of 0 … 6 and 8, which is one though it has no code. NaN is 8 too, which decides nothing:
+    it comes from an infinite inverse, that is from a step so small that all squares are zero."""
+    return nearest_value(bits_of(scaled), EIGHT, LEAST_NORMAL_E2M1, MAGIC_E2M1)
 
 
 @helper

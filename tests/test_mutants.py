@@ -85,6 +85,11 @@ MUTANTS = [
     ("bounds", "nan=np.inf", "nan=0.0"),
     ("baselines", "fraction > max_fraction", "fraction >= max_fraction"),
     ("baselines", "- int(np.frexp(fmt.max)[1])", "- int(np.frexp(fmt.max)[1]) + 1"),
+    ("baselines", "np.stack([a + b, a - b], axis=1)", "np.stack([a + b, b - a], axis=1)"),
+    ("baselines", "np.stack([a + b, a - b], axis=1)", "np.stack([a + b, a - b], axis=2)"),
+    ("baselines", "x.shape[1] & -x.shape[1]", "2"),  # not the whole power of two
+    ("baselines", "w ** (1 - alpha)", "w**alpha"),
+    ("baselines", "used = (a > 0) & (w > 0)", "used = a > 0"),
 ]
 
 
@@ -198,14 +203,13 @@ EMULATOR_MUTANTS += [
         "baselines",
         BASELINES,
         "* scale * tensor_amax / FOUR_OVER_SIX_MAX - x",
-        "* (scale * (tensor_amax / FOUR_OVER_SIX_MAX)) - x",
+        "* scale * (tensor_amax / FOUR_OVER_SIX_MAX) - x",
     ),
     ("baselines", BASELINES, "f32(1) / (decode * scale)", "f32(1) / decode / scale"),
-    ("baselines", BASELINES, "E2M1_MAX if u32(bits & MAGNITUDE) > INF else value", "value"),
     ("baselines", BASELINES, "if nearest != MINUS_ZERO or scaled < 0 else", "if True else"),
     ("baselines", BASELINES, "MINUS_ZERO if magnitude >= ROUNDS_TO_EIGHT else code", "code"),  # clamped
     ("baselines", BASELINES, "NOT_FINITE if magnitude >= INF else code", "code"),
-    ("baselines", BASELINES, "nearest_value(bits, EIGHT,", "nearest_value(bits, ROUNDS_TO_EIGHT - u32(1),"),
+    ("baselines", BASELINES, "(scaled), EIGHT,", "(scaled), bits_of(E2M1_MAX),"),
     ("baselines", BASELINES, "max(amax, FOUR_OVER_SIX_MAX * LEAST_NORMAL)", "max(amax, f32(0))"),
 ]
 RECIPES, COMPARE = "test_recipes.py", "test_compare.py"
