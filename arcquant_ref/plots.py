@@ -152,10 +152,9 @@ def _width_curves(axes: Axes, schemes: dict[str, Any], text: str) -> None:
                 same = s["residuals"] in (residuals, "tau" if residuals == "top" else residuals, "none")
                 return same and s["weights"] == weights and s["activations"] == "nvfp4" and is_plain(s)
 
-            width, loss, error = points(wanted)
             axes.errorbar(
-                width, loss, error, color=color, linestyle=style, marker="o" if residuals == "top" else "s",
-                markerfacecolor=filled, capsize=3, label=f"{name}{', searched scales' * (weights != 'nvfp4')}",
+                *points(wanted), color=color, linestyle=style, marker="o" if residuals == "top" else "s",
+                markerfacecolor=filled, capsize=3, label=name + ", searched scales" * (weights != "nvfp4"),
             )  # fmt: skip
     for label, style in (("W4A16", ":"), ("W4A16, searched scales", "-.")):
         if label in held:

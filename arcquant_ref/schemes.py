@@ -90,15 +90,9 @@ class Quantized:
 
 def transformed(scheme: Scheme, layer: Layer) -> tuple[Callable[[Float32], Float32], Layer]:
     """What happens to x before it is quantized, and the layer as it is after that."""
-    if scheme.rotation != "none":
-        block = (
-            layer.weights.shape[1] & -layer.weights.shape[1] if scheme.rotation == "full" else scheme.rotation
-        )
-
-        def before(x: Float32) -> Float32:
-            return hadamard(x, block)
-
-        return before, replace(layer, weights=hadamard(layer.weights, block))
+    rotation = scheme.rotation
+    if rotation != "none":
+        return lambda x: hadamard(x, rotation), replace(layer, weights=hadamard(layer.weights, rotation))
     if scheme.smoothing is not None:
         factors = smoothing(layer.channel_amax, np.abs(layer.weights).max(axis=0), scheme.smoothing)
         smooth = replace(
