@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from . import ptx_memory as watch
-from .formats import MAGNITUDE, NAN, SIGN, encode_e2m1_flat, encode_e4m3_flat, f32, f64, u8, u32
+from .formats import (
+    MAGNITUDE,
+    NAN,
+    SIGN,
+    decode_e4m3_flat,
+    encode_e2m1_flat,
+    encode_e4m3_flat,
+    f32,
+    f64,
+    u8,
+    u32,
+)
 from .ptx_machine import DTYPES, EXITED, WARP, Array, BadAccess, Batch, Copies, bits_in_type
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
@@ -105,6 +116,13 @@ def encoded(encode: Callable, bits: int, dtype: Any, high: Array, low: Array) ->
         codes.append(np.empty(len(x), u8))
         encode(np.ascontiguousarray(x), codes[-1])
     return codes[0].astype(dtype) << dtype(bits) | codes[1]
+
+
+def halves_of_e4m3(codes: Array) -> Array:
+    """Two codes → two fp16 numbers, exact."""
+    values = np.empty((len(codes), 2), f32)
+    decode_e4m3_flat(np.ascontiguousarray(codes).view(u8), values.reshape(-1))
+    return np.ascontiguousarray(one_nan(values.astype(f16))).view(u32)[:, 0]
 
 
 # Integers and bits
@@ -205,6 +223,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"cvt\.rzi\.s32\.f32": ("f32", s32_of_float),
     r"cvt\.rn\.satfinite\.e2m1x2\.f32": ("b32 b32", partial(encoded, encode_e2m1_flat, 4, u8)),
     r"cvt\.rn\.satfinite\.e4m3x2\.f32": ("b32 b32", partial(encoded, encode_e4m3_flat, 8, u16)),
+    r"cvt\.rn\.f16x2\.e4m3x2": ("b16", halves_of_e4m3),
     r"setp\.nan\.f32": ("f32 f32", lambda a, b: np.isnan(a) | np.isnan(b)),
     r"setp\.equ\.f32": ("f32 f32", lambda a, b: ~((a < b) | (a > b))),
     r"setp\.neu\.f32": ("f32 f32", np.not_equal),

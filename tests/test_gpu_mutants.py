@@ -177,7 +177,20 @@ MUTANTS = {  # architecture, probe, file → changes
             "",
             UNORDERED,
         ),
-        Mutant("small: NaN of another row", "(2 * t + (e & 1)) * 4)", "(2 * t + (~e & 1)) * 4)"),
+        Mutant("small: both blocks of a chunk at once", "t < 2 ? 0x4444 : 0x3232", "t < 2 ? 0x1010 : 0x3232"),
+        Mutant("small: scale of the other block", "second[i], scales, 16)", "second[i], scales, 0)"),
+        Mutant(
+            "small: rows 8 further first", "{upper[0], lower[0], upper[1]", "{lower[0], upper[0], upper[1]"
+        ),
+        Mutant("small: another bit is the sign", "(codes << 4 & SIGNS)", "(codes << 5 & SIGNS)"),
+    ],
+    ("80", "few", "formats.cuh"): [
+        Mutant("small: a NaN scale is a number", "| nan * 0x7FFF", "| nan * 0"),
+        Mutant(
+            "small: scales twice as large",
+            "mul_f16x2(fields >> 1, 0x5C005C00)",
+            "mul_f16x2(fields >> 1, 0x60006000)",
+        ),
     ],
     ("80", "bytes", "formats.cuh"): [
         Mutant(

@@ -337,3 +337,12 @@ def test_codes_are_those_of_the_emulator(seed):
     got = one("cvt.rn.satfinite.e4m3x2.f32 d, a, b;", high, low, dtype=np.uint16)
     codes = emulator.encode_e4m3(scaled).astype(np.uint16)
     np.testing.assert_array_equal(got, codes[:N] << 8 | codes[N:])
+
+
+def test_every_pair_of_e4m3_codes_is_a_pair_of_halves():
+    """PTX ISA, cvt: the lower byte becomes the lower half; NaN is 0x7FFF."""
+    codes = np.arange(2**16, dtype=np.uint16)
+    got = one("cvt.rn.f16x2.e4m3x2 d, a;", codes, dtype=np.uint32).view(np.uint16).reshape(-1, 2)
+    values = emulator.decode_e4m3(codes.view(np.uint8)).astype(np.float16)
+    expected = np.where(np.isnan(values), np.uint16(0x7FFF), values.view(np.uint16))
+    np.testing.assert_array_equal(got, expected.reshape(-1, 2))

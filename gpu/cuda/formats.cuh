@@ -96,6 +96,16 @@ __device__ inline u32 nearest_e4m3(float x) {
 #endif
 }
 
+// Two codes, signs cleared, in the lower half → an fp16 pair, exact. NaN stays NaN.
+__device__ inline u32 f16x2_of_e4m3x2(u32 codes) {
+#if __CUDA_ARCH__ >= 890
+    return cvt_f16x2_e4m3x2((u16)codes);
+#else
+    u32 fields = __byte_perm(codes, 0, 0x1404), nan = (fields + 0x01000100) >> 15 & 0x00010001;
+    return mul_f16x2(fields >> 1, 0x5C005C00) | nan * 0x7FFF; // moved to where fp16 has them, times 2^8
+#endif
+}
+
 // What a matrix may hold: float32, float16, bfloat16. `read` widens N neighbours, 16 bytes at a time.
 struct F32 {
     u32 bits;

@@ -88,6 +88,11 @@ __device__ inline u32 cvt_e4m3(float x) {
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
     return pair & 0xFF;
 }
+__device__ inline u32 cvt_f16x2_e4m3x2(u16 codes) {
+    u32 pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(codes));
+    return pair;
+}
 #endif
 
 // As mma_f16, of bfloat16.
