@@ -32,20 +32,25 @@ __device__ inline int row_of_b(int i) { return blockIdx.y / 4 * 128 + i / 8 * 32
 // Instead of a row that is not there it takes row 0; what comes of it is not stored.
 template <int M> struct Copies {
     static constexpr int COUNT = (ROWS + M) / 8;
-    const u8 *codes[COUNT], *b_scales, *a_scales;
-    int to, k, tiles;
+    const u8 *b_codes, *a_codes, *b_scales, *a_scales; // of the first row
+    u32 further[COUNT], to;                            // how far the others are, in pieces of a row
+    int k, tiles;
 
     __device__ Copies(const Operand &a, const Operand &b) : k(a.k), tiles(a.tiles()) {
         int lane = threadIdx.x % 32, chunk = lane % 4;
         to = chunk_offset(lane / 4, chunk);
+        int row_b = row_of_b(lane / 4), row_a = lane / 4;
+        b_codes = b.row(row_b < b.rows ? row_b : 0) + chunk * 16;
+        a_codes = a.row(row_a < a.rows ? row_a : 0) + chunk * 16;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const Operand &x = i < ROWS / 8 ? b : a;
-            int row = i < ROWS / 8 ? row_of_b(8 * i + lane / 4) : 8 * i - ROWS + lane / 4;
-            codes[i] = x.row(row < x.rows ? row : 0) + chunk * 16;
-        }
+        for (int i = 0; i < COUNT; i++) // 32 rows of B further, 8 rows of A
+            further[i] = i < ROWS / 8 ? (row_b + 32 * i < b.rows ? k / 4 * i : 0)
+                                      : (row_a + 8 * i - ROWS < a.rows ? k / 16 * (i - ROWS / 8) : 0);
         b_scales = b.scales + (size_t)(blockIdx.y / 4) * tiles * 512 + lane / 8 * 512 + blockIdx.y % 4 * SCALES + lane % 8 * 16;
         a_scales = a.scales + lane / M * 512 + lane % M * 16; // a row's four bytes, and those of three that are not there
+        keep(b_codes), keep(a_codes), keep(b_scales), keep(to);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) keep(further[i]);
     }
 
     __device__ void start(u32 stage, int piece) const {
@@ -55,7 +60,7 @@ template <int M> struct Copies {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
             u32 at = stage + to + i * 8 * ROW_BYTES;
-            const u8 *from = codes[i] + piece * ROW_BYTES;
+            const u8 *from = (i < ROWS / 8 ? b_codes : a_codes) + (u64)(further[i] + piece) * ROW_BYTES;
             if (whole) {
                 cp_async16(at, from, left > 0 ? 16 : 0);
             } else {
@@ -82,6 +87,7 @@ template <int M> struct Sums {
 
     __device__ void add_piece(const u8 *stage, u32 address) {
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        int to_a = chunk_offset(lane % 8, lane / 8 % 2), to_b = chunk_offset(lane % 16, lane / 16);
 #pragma unroll(M == 8 ? STEPS : 1) // with 16 rows ptxas would spill
         for (int step = 0; step < STEPS; step++) {
             // of rows g, g + 8, g + 16, g + 24
@@ -95,12 +101,11 @@ template <int M> struct Sums {
             for (int i = 0; i < M / 8; i++) {
                 const u8 *at = stage + Stage<M>::a_scales + (step * M + 8 * i + g) * 16;
                 scales_a[i] = *reinterpret_cast<const u32 *>(at) & MAGNITUDES;
-                int chunk = 2 * step + lane / 8 % 2;
-                ldmatrix_x2(of_a[i], address + Stage<M>::a_codes + chunk_offset(8 * i + lane % 8, chunk));
+                ldmatrix_x2(of_a[i], (address + to_a ^ 32 * step) + Stage<M>::a_codes + 8 * i * ROW_BYTES);
             }
 #pragma unroll
             for (int j = 0; j < TILES; j++)
-                ldmatrix_x4(of_b[j], address + chunk_offset(16 * j + lane % 16, 2 * step + lane / 16));
+                ldmatrix_x4(of_b[j], (address + to_b ^ 32 * step) + 16 * j * ROW_BYTES);
 #pragma unroll
             for (int chunk = 0; chunk < 2; chunk++) {
                 // A times its scale, and zero in the lanes that have the other block of a chunk

@@ -6,6 +6,10 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// x stays in its register: it is not computed again where it is used.
+__device__ inline void keep(const u8 *&x) { asm volatile("" : "+l"(x)); }
+__device__ inline void keep(u32 &x) { asm volatile("" : "+r"(x)); }
+
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 or 8 bytes, global to shared, without registers; what lies beyond `bytes` is filled with zero.
