@@ -149,6 +149,12 @@ def shift(function: Callable, a: Array, n: Array) -> Array:
     return function(a, np.minimum(n, u32(a.dtype.itemsize * 8)).astype(a.dtype))
 
 
+def funnel_left(low: Array, high: Array, n: Array) -> Array:
+    """The upper half of 64 bits, shifted by n modulo 32."""
+    whole = high.astype(u64) << u64(32) | low.astype(u64)
+    return (whole << (n & u32(31)).astype(u64) >> u64(32)).astype(u32)
+
+
 def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
     position, length = (np.minimum(x & u32(0xFF), u32(32)).astype(u64) for x in (position, length))
     mask = ((u64(1) << length) - u64(1)) << position
@@ -196,6 +202,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"not\.{BITS}": ("t", np.invert),
     r"shl\.(b16|b32|b64)": ("t u32", partial(shift, np.left_shift)),
     rf"shr\.{INTEGER}": ("t u32", partial(shift, np.right_shift)),
+    r"shf\.l\.wrap\.b32": ("b32 b32 u32", funnel_left),
     r"bfi\.b32": ("b32 b32 u32 u32", insert),
     r"prmt\.b32": ("b32 b32 b32", permute),
     r"brev\.b32": ("b32", reverse),
@@ -214,6 +221,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"mul\.rn\.f16x2": ("b32 b32", product_of_pairs),
     r"min\.f32": ("f32 f32", partial(extreme, np.fmin, np.bitwise_or)),
     r"max\.f32": ("f32 f32", partial(extreme, np.fmax, np.bitwise_and)),
+    r"max\.NaN\.f32": ("f32 f32", partial(extreme, np.maximum, np.bitwise_and)),
     r"abs\.f32": ("b32", lambda a: a & MAGNITUDE),
     r"neg\.f32": ("b32", lambda a: a ^ SIGN),
     r"copysign\.f32": ("b32 b32", lambda a, b: a & SIGN | b & MAGNITUDE),

@@ -60,12 +60,13 @@ def test_operations_are_those_of_the_formulas(arch):
     found = resources.operations(arch)
     assert set(found) == {of.kernel for of in resources.launches(arch)}
     float_ = {kernel: counted.float_ for kernel, counted in found.items()}
-    assert float_["pack"] == float_["unpack"] == float_["amax_bf16"] == 0
+    assert float_["pack"] == float_["unpack"] == 0
+    assert float_["amax_bf16"] == m * k * 15 / 16
     assert float_["tensor_scale"] == 2  # a division, and the least scale
     assert float_["decode_e2m1"] == float_["decode_e4m3"] == m * k  # one product, exact
     assert float_["dequantize"] == m * k * (1 + 1 + 1 + 1 / 16)  # a code, times a scale, times another
-    # of a quotient 3; of a code 5, or half an instruction
-    assert 0 < float_["quantize_bf16"] / (m * k) - (3.5 if arch == "120a" else 8) < 1
+    of_a_code = 1 / 2 if arch == "120a" else 3  # and 3 of a quotient, 16 of a block's scale and reciprocal
+    assert float_["quantize_bf16"] == m * k * (3 + of_a_code + 15 / 16 + 16 / 16)
     for kernel, rows in (("gemm_small_16", 16), ("gemm_small_8", 8)):
         fma = rows * n * (k + s) / 16  # one for each group and output
         assert fma < float_[kernel] < 1.2 * fma + 2 * n * (k + s) / 16 * rows
