@@ -19,7 +19,7 @@ those of Hopper.
 
 import re
 from bisect import bisect
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -67,6 +67,7 @@ class Module:
     def __init__(self, ptx_text: str) -> None:
         """Raises Unsupported where the text is not understood; opcodes are looked at by `launch`."""
         self._kernels = Text(ptx_text).kernels
+        self.executed: dict[str, Counter[str]] = {}  # kernel → opcode → by how many threads it ran
 
     def launch(
         self,
@@ -93,12 +94,16 @@ class Module:
                 f"{MOST_THREADS} and {entry.most_threads} threads in all; none may be below 1."
             )
         shared = [(address, size or shared_bytes) for address, size in entry.arrays.values()]
-        launch = Launch(entry, code_of(entry), grid, block, arguments(entry, args), memory, shared)
+        ran = np.zeros(len(entry.statements), np.int64)
+        launch = Launch(entry, code_of(entry), grid, block, arguments(entry, args), memory, shared, ran)
         memory.launches += 1
         blocks, at_once = np.arange(prod(grid)), max(1, THREADS_AT_ONCE // (-(-prod(block) // WARP) * WARP))
         with np.errstate(all="ignore"):
             for first in range(0, len(blocks), at_once):
                 Batch(launch, blocks[first : first + at_once]).run()
+        executed = self.executed.setdefault(kernel, Counter())
+        for statement, threads in zip(entry.statements, ran.tolist()):
+            executed[statement.opcode] += threads
 
 
 def code_of(kernel: Kernel) -> list[Callable[[Batch, list[str]], int | None]]:

@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 
 from . import ptx_memory as watch
-from .formats import MAGNITUDE, NAN, SIGN, encode_e2m1_flat, encode_e4m3_flat, f32, f64, u8, u32
+from .formats import (
+    MAGNITUDE,
+    NAN,
+    SIGN,
+    decode_e4m3_flat,
+    encode_e2m1_flat,
+    encode_e4m3_flat,
+    f32,
+    f64,
+    u8,
+    u32,
+)
 from .ptx_machine import DTYPES, EXITED, WARP, Array, BadAccess, Batch, Copies, bits_in_type
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
@@ -107,6 +118,13 @@ def encoded(encode: Callable, bits: int, dtype: Any, high: Array, low: Array) ->
     return codes[0].astype(dtype) << dtype(bits) | codes[1]
 
 
+def halves_of_e4m3(codes: Array) -> Array:
+    """Two codes → two fp16 numbers, exact."""
+    values = np.empty((len(codes), 2), f32)
+    decode_e4m3_flat(np.ascontiguousarray(codes).view(u8), values.reshape(-1))
+    return np.ascontiguousarray(one_nan(values.astype(f16))).view(u32)[:, 0]
+
+
 # Integers and bits
 
 
@@ -129,6 +147,12 @@ def quotient(a: Array, b: Array) -> Array:
 def shift(function: Callable, a: Array, n: Array) -> Array:
     """By as many bits as there are, or more: 0, or the sign; NumPy has it like PTX."""
     return function(a, np.minimum(n, u32(a.dtype.itemsize * 8)).astype(a.dtype))
+
+
+def funnel_left(low: Array, high: Array, n: Array) -> Array:
+    """The upper half of 64 bits, shifted by n modulo 32."""
+    whole = high.astype(u64) << u64(32) | low.astype(u64)
+    return (whole << (n & u32(31)).astype(u64) >> u64(32)).astype(u32)
 
 
 def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
@@ -178,6 +202,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"not\.{BITS}": ("t", np.invert),
     r"shl\.(b16|b32|b64)": ("t u32", partial(shift, np.left_shift)),
     rf"shr\.{INTEGER}": ("t u32", partial(shift, np.right_shift)),
+    r"shf\.l\.wrap\.b32": ("b32 b32 u32", funnel_left),
     r"bfi\.b32": ("b32 b32 u32 u32", insert),
     r"prmt\.b32": ("b32 b32 b32", permute),
     r"brev\.b32": ("b32", reverse),
@@ -196,6 +221,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"mul\.rn\.f16x2": ("b32 b32", product_of_pairs),
     r"min\.f32": ("f32 f32", partial(extreme, np.fmin, np.bitwise_or)),
     r"max\.f32": ("f32 f32", partial(extreme, np.fmax, np.bitwise_and)),
+    r"max\.NaN\.f32": ("f32 f32", partial(extreme, np.maximum, np.bitwise_and)),
     r"abs\.f32": ("b32", lambda a: a & MAGNITUDE),
     r"neg\.f32": ("b32", lambda a: a ^ SIGN),
     r"copysign\.f32": ("b32 b32", lambda a, b: a & SIGN | b & MAGNITUDE),
@@ -205,6 +231,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"cvt\.rzi\.s32\.f32": ("f32", s32_of_float),
     r"cvt\.rn\.satfinite\.e2m1x2\.f32": ("b32 b32", partial(encoded, encode_e2m1_flat, 4, u8)),
     r"cvt\.rn\.satfinite\.e4m3x2\.f32": ("b32 b32", partial(encoded, encode_e4m3_flat, 8, u16)),
+    r"cvt\.rn\.f16x2\.e4m3x2": ("b16", halves_of_e4m3),
     r"setp\.nan\.f32": ("f32 f32", lambda a, b: np.isnan(a) | np.isnan(b)),
     r"setp\.equ\.f32": ("f32 f32", lambda a, b: ~((a < b) | (a > b))),
     r"setp\.neu\.f32": ("f32 f32", np.not_equal),

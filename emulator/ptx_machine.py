@@ -101,6 +101,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Array]  # of one element
     memory: Memory
     shared: list[tuple[int, int]]  # arrays in shared memory: address, bytes
+    ran: NDArray[np.int64]  # by how many threads each statement was run
 
 
 class Copies(NamedTuple):
@@ -172,6 +173,7 @@ class Batch:
                 self.pc[self.lanes] = at
 
     def execute(self) -> int | None:
+        self.launch.ran[self.at] += len(self.lanes)
         return self.launch.code[self.at](self, self.statement.operands)
 
     def guarded(self) -> int | None:

@@ -1,4 +1,4 @@
-"""The kernels on paper: what each takes of a GPU, what it moves and computes, and its least possible time.
+"""The kernels on paper: what each takes of a GPU, moves and executes, and its least possible time.
 
     python -m gpu.resources [--measured FILE]        FILE: a record of gpu.bench --json on an H100
 
@@ -6,7 +6,9 @@ Needs the compiler (NVRTC) and no GPU.
 """
 
 import argparse
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -20,10 +22,24 @@ from arcquant_ref.formats import BLOCK
 
 from . import launch, load
 from .bench import GPUS, Case, Gpu, Result, packed_bytes, recorded
-from .device import SHARED_KIB, Array, Dim
+from .device import SHARED_KIB, Array, Device, Dim, Interpreted
 
-M, N, K, S = 4096, 28672, 4096, 512  # the shape: the widest projection of an 8B model
+
+class Shape(NamedTuple):
+    """x (m, k), weights (n, k), s residual channels."""
+
+    m: int
+    n: int
+    k: int
+    s: int
+
+
+SHAPE = M, N, K, S = Shape(4096, 28672, 4096, 512)  # the widest projection of an 8B model
 FEW, FEWER = 16, 1  # rows of x
+SOME = Shape(128, 128, K, S)  # a part of it, on which operations are counted
+# Products: shape, part, exact
+PRODUCTS = [(SHAPE, Shape(128, 256, K // 8, S // 8), exact) for exact in (True, False)]
+PRODUCTS += [(Shape(rows, N, K, S), Shape(rows, 128, K, S), False) for rows in (FEW, FEWER)]
 RESIDUALS = (0, 64, 128, 256, 512)
 FIRST, OTHERS = "H100 SXM", ("RTX 5090", "RTX PRO 6000")
 ON = {"90a": (FIRST,), "120a": OTHERS}  # architecture → GPUs
@@ -40,6 +56,11 @@ class Limits(NamedTuple):
 LIMITS = {"90a": Limits(64, 32, 228), "120a": Limits(48, 24, 100)}
 PARTITIONS, PARTITION_REGISTERS = 4, 2**14  # a warp lives in one of four, which has its own registers
 REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024  # a warp's, a block's; reserved for each block
+LANES = (
+    PARTITIONS * 32
+)  # instructions of threads that a multiprocessor starts in a clock, float32 ones as well
+# Opcodes that are one instruction of the machine at least; the others can be merged, or cost nothing
+FLOAT = re.compile(r"(add|sub|mul|fma|div|rcp|sqrt|min|max|setp|cvt)\..*f(32|16x2|16)(\..*)?")
 
 
 @dataclass(frozen=True)
@@ -75,30 +96,84 @@ class Recorder:
         self.launches.append(Launch(source, kernel, prod(grid), block, shared_bytes))
 
 
-def launches(arch: str) -> list[Launch]:
-    """Every kernel once, for bfloat16, as gpu.launch starts it on the shape above."""
-    d = Recorder(arch)
-    x, w = d.empty((M, K), "bfloat16"), d.empty((N, K), "bfloat16")
-    order, one = d.empty((K,), "int32"), d.empty((1,), "float32")
-    codes, scales = d.empty((M, K), "uint8"), d.empty((M, K // BLOCK), "uint8")
+def quantizing(d: Device, of: Shape) -> None:
+    """Every kernel but the products, for bfloat16. Rows of a matrix are alike."""
+    rng = np.random.default_rng(0)
+    row = (rng.standard_normal(of.k, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    x, w = (d.upload(np.broadcast_to(row, (rows, of.k)), "bfloat16") for rows in (of.m, of.n))
+    order = d.upload(rng.permutation(of.k).astype(np.int32), "int32")
+    weight = d.upload(np.ones(of.k, np.float32), "float32")
     for name in ("e2m1", "e4m3"):
         launch.encode(d, name, x)
-        launch.decode(d, name, codes)
-    launch.tensor_scale(d, x)
-    q = launch.quantize(d, x, one)
+    scale, _ = launch.tensor_scale(d, x)
+    q = launch.quantize(d, x, scale)
     launch.dequantize(d, q)
-    launch.pack(d, codes, scales, one)
-    launch.unpack(d, q)
-    launch.augment_activations(d, x, order, S, one)
-    launch.rmsnorm_augment_activations(d, x, d.empty((K,), "float32"), np.float32(0), order, S, one)
-    before = len(d.launches)
-    b = launch.augment_weights(d, w, order, S)
-    del d.launches[before:-1]  # the kernels of its tensor scale again
-    for rows, exact in ((M, True), (M, False), (FEW, False), (FEWER, False)):
-        a = launch.augment_activations(d, d.empty((rows, K), "bfloat16"), order, S, one)
-        d.launches.pop()
-        launch.matmul(d, a, b, exact)
-    return d.launches
+    codes, scales = launch.unpack(d, q)
+    launch.pack(d, codes, scales, scale)
+    for name in ("e2m1", "e4m3"):
+        launch.decode(d, name, codes)
+    launch.augment_activations(d, x, order, of.s, scale)
+    launch.rmsnorm_augment_activations(d, x, weight, np.float32(0), order, of.s, scale)
+    launch.augment_weights(d, w, order, of.s)
+
+
+def product(d: Device, of: Shape, exact: bool) -> None:
+    """One product, and the kernels that make its operands."""
+    row = (np.random.default_rng(1).standard_normal(of.k, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    order = d.upload(np.arange(of.k, dtype=np.int32), "int32")
+    x, w = (d.upload(np.broadcast_to(row, (rows, of.k)), "bfloat16") for rows in (of.m, of.n))
+    a = launch.augment_activations(d, x, order, of.s)
+    launch.matmul(d, a, launch.augment_weights(d, w, order, of.s), exact)
+
+
+def launches(arch: str) -> list[Launch]:
+    """Every kernel once, as gpu.launch starts it on the shape above."""
+    d = Recorder(arch)
+    quantizing(d, SHAPE)
+    for shape, _, exact in PRODUCTS:
+        product(d, shape, exact)
+    first: dict[str, Launch] = {}
+    for of in d.launches:
+        first.setdefault(of.kernel, of)
+    return list(first.values())
+
+
+class Counting(Interpreted):
+    """A device that counts what the first launch of each kernel executes."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__(arch)
+        self.executed: dict[str, Counter[str]] = {}  # kernel → PTX opcode → threads
+
+    def launch(
+        self, source: str, kernel: str, grid: Dim, block: int, args: Sequence[Any], shared_bytes: int = 0
+    ) -> None:
+        super().launch(source, kernel, grid, block, args, shared_bytes)
+        self.executed.setdefault(kernel, self._modules[source].executed.pop(kernel))
+
+
+class Operations(NamedTuple):
+    """PTX instructions that threads execute."""
+
+    float_: float  # operations and conversions of float32; an FMA is one
+    every: float
+
+
+def operations(arch: str) -> dict[str, Operations]:
+    """Of each kernel on the shape above: what the interpreter counts on a part of it, scaled."""
+    d = Counting(arch)
+    quantizing(d, SOME)
+    times = {kernel: N / SOME.n if "weights" in kernel else M / SOME.m for kernel in d.executed}
+    times["tensor_scale"] = 1
+    for shape, part, exact in PRODUCTS:
+        product(d, part, exact)
+        kernel = launch.product(arch, part.m, exact).kernel
+        times[kernel] = prod(shape[:2]) * (shape.k + shape.s) / prod(part[:2]) / (part.k + part.s)
+    found = {}
+    for kernel, executed in d.executed.items():
+        float_ = sum(count for opcode, count in executed.items() if FLOAT.fullmatch(opcode))
+        found[kernel] = Operations(times[kernel] * float_, times[kernel] * executed.total())
+    return found
 
 
 _Q = packed_bytes(M, K)
@@ -132,15 +207,21 @@ def blocks_at_once(arch: str, registers: int, threads: int, shared_bytes: int) -
     return min(held // warps, limits.shared_kib * 1024 // shared, limits.warps // warps, limits.blocks)
 
 
-def least(work: Case | int, gpu: Gpu, places: int, blocks: int) -> tuple[float, float]:
-    """(floor, best of the design) in seconds. Blocks that compute run in rounds of `places`, and the last
-    round takes as long as a full one; where memory is the limit, rounds do not count."""
-    if isinstance(work, int):
-        return work / gpu.bytes_per_second, work / gpu.bytes_per_second
-    floor, memory = work.floor(gpu), work.bytes / gpu.bytes_per_second
+def at_full_rate(instructions: float, gpu: Gpu) -> float:
+    """Seconds for so many instructions of threads, if every multiprocessor starts four warps a clock."""
+    return instructions / (LANES * gpu.multiprocessors * gpu.clock)
+
+
+def least(
+    work: Case | int, float_operations: float, gpu: Gpu, places: int, blocks: int
+) -> tuple[float, float]:
+    """(floor, best of the design) in seconds. The design adds its float32 operations. Its blocks run in
+    rounds of `places`, the last as long as a full one; where memory is the limit, rounds do not count."""
+    memory = (work if isinstance(work, int) else work.bytes) / gpu.bytes_per_second
+    floor = memory if isinstance(work, int) else work.floor(gpu)
     assert floor is not None
-    rounds = blocks / places
-    return floor, max(memory, floor * ceil(rounds) / rounds) if floor > memory else floor
+    computing, rounds = max(floor, at_full_rate(float_operations, gpu)), blocks / places
+    return floor, max(memory, computing * ceil(rounds) / rounds) if computing > memory else floor
 
 
 def table(arch: str, results: Mapping[Case, Result]) -> Iterator[str]:
@@ -149,15 +230,16 @@ def table(arch: str, results: Mapping[Case, Result]) -> Iterator[str]:
     yield f"sm_{arch}: " + "; ".join(
         f"{name}, {GPUS[name].multiprocessors} multiprocessors" for name in names
     )
-    upper = ["", "", "", "regis-", "bytes", "shared", "blocks", "warps", "", ""]
+    upper = ["", "", "", "regis-", "bytes", "shared", "blocks", "warps", "", "tensor", "float", "PTX"]
     lower = ["kernel", "blocks", "threads", "ters", "static", "dynamic", "at once", f"of {most_warps}"]
-    lower += ["MB", "GFLOP"]
+    lower += ["MB", "GFLOP", "G", "G"]
     for name in names:
-        upper, lower = [*upper, f"{name:>16}"], [*lower, "floor", "best us"]
+        upper, lower = [*upper, f"{name:>24}"], [*lower, "floor", "best", "PTX us"]
     if results:
         upper, lower = [*upper, "found"], [*lower, "us"]
     yield _line(*upper)
     yield _line(*lower)
+    executed = operations(arch)
     for of in launches(arch):
         taken, work = load.compiled(of.source, arch).kernels[of.kernel], WORK[of.kernel]
         shared = taken.shared_bytes + of.dynamic_bytes
@@ -174,9 +256,12 @@ def table(arch: str, results: Mapping[Case, Result]) -> Iterator[str]:
             warps,
         ]
         cells += [f"{moved / 1e6:.1f}", f"{flops / 1e9:.1f}" if flops else ""]
+        counted = executed[of.kernel]
+        cells += [f"{count / 1e9:.2f}" for count in counted]
         for name in names:
-            times = least(work, GPUS[name], held * GPUS[name].multiprocessors, of.blocks)
-            cells += [_us(seconds) for seconds in times]
+            gpu = GPUS[name]
+            times = least(work, counted.float_, gpu, held * gpu.multiprocessors, of.blocks)
+            cells += [_us(seconds) for seconds in (*times, at_full_rate(counted.every, gpu))]
         if isinstance(work, Case) and work in results:
             cells.append(_us(results[work].median))
         yield _line(of.kernel, *cells)

@@ -20,7 +20,7 @@ import gpu
 from arcquant_ref import NVFP4Tensor, Selection, layout, select_top
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
 from arcquant_ref.quantize import exact_values
-from emulator.formats import bits_of, f32, float_of, nearest_e2m1, u32
+from emulator.formats import bits_of, f32, float_of, nearest_e2m1, nearest_e4m3, u32
 from emulator.jit import fma, kernel, over_rows
 from gpu import arrays, launch
 from gpu.device import Cuda, Interpreted
@@ -146,28 +146,51 @@ def test_a_residual_is_rounded_to_nearest(face):
     assert told_apart > 10  # codes that a residual rounded toward zero would get
 
 
-@kernel
-def _decided_differently(first: int, last: int, midpoints: np.ndarray) -> tuple[int, int]:
-    tried, different = 0, 0
-    for significand in range(first, last):
-        step = f32(significand) * f32(2.0**-23)
-        reciprocal = f32(f32(1) / step)
-        for midpoint in midpoints:
-            nearest = bits_of(f32(midpoint * step))
-            for away in range(-4, 5):
-                x = float_of(u32(nearest + away))
-                q = f32(x * reciprocal)
-                q = fma(fma(-q, step, x), reciprocal, q)
-                tried += 1
-                different += nearest_e2m1(bits_of(q)) != nearest_e2m1(bits_of(f32(x / step)))
-    return tried, different
+def _decided_differently(nearest):
+    @kernel
+    def tried_and_different(first: int, last: int, midpoints: np.ndarray) -> tuple[int, int]:
+        tried, different = 0, 0
+        for significand in range(first, last):
+            step = f32(significand) * f32(2.0**-23)
+            reciprocal = f32(f32(1) / step)
+            for midpoint in midpoints:
+                middle = bits_of(f32(midpoint * step))
+                for away in range(-4, 5):
+                    x = float_of(u32(middle + away))
+                    q = f32(x * reciprocal)
+                    q = fma(fma(-q, step, x), reciprocal, q)
+                    tried += 1
+                    different += nearest(bits_of(q)) != nearest(bits_of(f32(x / step)))
+        return tried, different
+
+    return tried_and_different
 
 
-def test_the_short_division_decides_every_code_alike():
+@pytest.mark.parametrize(
+    ("nearest", "midpoints"), [(nearest_e2m1, E2M1.midpoints), (nearest_e4m3, E4M3.midpoints[:16])]
+)
+def test_the_short_division_decides_every_code_alike(nearest, midpoints):
     """gpu/cuda/blocks.cuh, quotient_of: every significand of a step, every x around each midpoint times it.
-    Further away the quotients, less than an ulp apart, lie on the same side of the midpoint."""
-    count = over_rows(lambda i, j: _decided_differently(2**23 + i, 2**23 + j, E2M1.midpoints), 2**23)
-    assert np.sum(count, axis=0).tolist() == [2**23 * 7 * 9, 0]
+    Further away the quotients, less than an ulp apart, lie on the same side of the midpoint. Of E4M3 the
+    subnormal codes and one binade; the others are the same, times a power of two."""
+    count = _decided_differently(nearest)
+    found = over_rows(lambda i, j: count(2**23 + i, 2**23 + j, midpoints), 2**23)
+    assert np.sum(found, axis=0).tolist() == [2**23 * len(midpoints) * 9, 0]
+
+
+def test_the_short_division_by_6_is_the_division():
+    """Every significand."""
+
+    @kernel
+    def different(first: int, last: int) -> int:
+        count = 0
+        for significand in range(first, last):
+            a, sixth = f32(significand), f32(f32(1) / f32(6))
+            q = f32(a * sixth)
+            count += fma(fma(-q, f32(6), a), sixth, q) != f32(a / f32(6))
+        return count
+
+    assert np.sum(over_rows(lambda i, j: different(2**23 + i, 2**23 + j), 2**23)) == 0
 
 
 weights_of_a_norm = st.sampled_from(["ones", "gaussian", "wide"])

@@ -98,6 +98,22 @@ def test_shared_memory_fits_the_smallest_gpu():
     assert 2 * (launch.NATIVE.shared_bytes + 1024) <= 100 * 1024
 
 
+@pytest.mark.parametrize("arch", [arch for arch in SHARED_KIB if int(arch.rstrip("a")) >= 90])
+def test_ptxas_knows_the_same_most_shared_memory(arch, tmp_path):
+    """Before sm_90 it gives a block 48 KiB, the limit without opting in."""
+    text = """extern "C" __global__ void k(int *x) {
+        __shared__ int all[ELEMENTS];
+        all[x[0]] = x[1];
+        __syncthreads();
+        x[2] = all[x[3]];
+    }"""
+    elements = SHARED_KIB[arch] * 1024 // 4
+    sources = {"k.cu": text.replace("ELEMENTS", str(elements))}
+    assert load.compile_text("k", sources, arch, tmp_path).kernels["k"].shared_bytes == 4 * elements
+    with pytest.raises(RuntimeError, match=rf"too much shared data .*{hex(4 * elements)} max"):
+        load.compile_text("k", {"k.cu": text.replace("ELEMENTS", str(elements + 1))}, arch, tmp_path)
+
+
 def test_the_constants_of_the_formats_are_computed():
     """From the widths that the compile command states; and PTX stands in one file, without headers."""
     for name, text in TEXTS.items():

@@ -177,13 +177,26 @@ MUTANTS = {  # architecture, probe, file → changes
             "",
             UNORDERED,
         ),
-        Mutant("small: NaN of another row", "(2 * t + (e & 1)) * 4)", "(2 * t + (~e & 1)) * 4)"),
+        Mutant("small: both blocks of a chunk at once", "t < 2 ? 0x4444 : 0x3232", "t < 2 ? 0x1010 : 0x3232"),
+        Mutant("small: scale of the other block", "second[i], scales, 16)", "second[i], scales, 0)"),
+        Mutant(
+            "small: rows 8 further first", "{upper[0], lower[0], upper[1]", "{lower[0], upper[0], upper[1]"
+        ),
+        Mutant("small: another bit is the sign", "(codes << 4 & SIGNS)", "(codes << 5 & SIGNS)"),
+    ],
+    ("80", "few", "formats.cuh"): [
+        Mutant("small: a NaN scale is a number", "| nan * 0x7FFF", "| nan * 0"),
+        Mutant(
+            "small: scales twice as large",
+            "mul_f16x2(fields >> 1, 0x5C005C00)",
+            "mul_f16x2(fields >> 1, 0x60006000)",
+        ),
     ],
     ("80", "bytes", "formats.cuh"): [
         Mutant(
             "-0 loses its sign",
-            "__float_as_uint(signs[i]) >> (28 - 4 * i)",
-            "(signs[i] < 0) << 31 >> (28 - 4 * i)",
+            "__funnelshift_l(__float_as_uint(signs[i]), sign, 4)",
+            "__funnelshift_l((u32)(signs[i] < 0) << 31, sign, 4)",
         ),
         Mutant(
             "3.5 rounds to 3",
@@ -202,7 +215,18 @@ MUTANTS = {  # architecture, probe, file → changes
     ("80", "bytes", "blocks.cuh"): [
         Mutant("no floor under the scale", "fmaxf(v, E4M3::least_positive)", "v"),
         Mutant(
+            "a scale by the reciprocal alone",
+            "float v = quotient_of(sixth, tensor_scale.value, ",
+            "float v = __fmul_rn(sixth, ",
+        ),
+        Mutant(
             "one division instead of two",
+            "quotient_of(sixth, tensor_scale.value, tensor_scale.reciprocal)",
+            "__fdiv_rn(a, __fmul_rn(E2M1::largest, tensor_scale.value))",
+        ),
+        Mutant("a sixth is a product", "sixth = quotient_of(a, E2M1::largest, ", "sixth = __fmul_rn(a, "),
+        Mutant(
+            "slowly: one division instead of two",
             "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
             "__fdiv_rn(__uint_as_float(amax), __fmul_rn(E2M1::largest, tensor_scale))",
         ),
@@ -213,10 +237,11 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
         Mutant(
             "NaN keeps its sign",
-            "__uint_as_float(amax) < __fmul_rn(step, E2M1::largest + 0.5f)",
-            "true",
+            "bool ordinary = a < __fmul_rn(step, tensor_scale.limit);",
+            "bool ordinary = true;",
         ),
-        Mutant("a step too small for the short division", "step > power_of_two(-100)", "step >= 0"),
+        Mutant("a step too small for the short division", "x > power_of_two(-90)", "x > 0"),
+        Mutant("slowly: the first code is the last", "for (int j = 1; j < BLOCK; j++) x[j - 1] = x[j];", ""),
         Mutant("swizzled rows 32 off", "row / 32 % 4 * 4", "(row / 32 + 1) % 4 * 4"),
     ],
     ("80", "bytes", "quantize.cu"): [
@@ -235,26 +260,26 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
         Mutant(
             "residual from the unrounded scale",
-            "float scale = E4M3::value(block.scale);",
-            ("float scale = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale);"),
+            "float scale = E4M3::positive_value(block.scale);",
+            ("float scale = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale.value);"),
         ),
         Mutant(
             "residual rounded twice",
-            "__fmaf_rn(-value, tensor_scale, x[i])",
-            "__fsub_rn(x[i], __fmul_rn(value, tensor_scale))",
+            "__fmaf_rn(-value, tensor_scale.value, x[i])",
+            "__fsub_rn(x[i], __fmul_rn(value, tensor_scale.value))",
         ),
-        Mutant("not interleaved", "first + 2 * (b - first)", "b"),
+        Mutant("not interleaved", "to = b < first ? b : 2 * b - first", "to = b"),
         Mutant("weights get residuals", "augment<false>(x", "augment<true>(x"),
         Mutant(
             "no wait for the copies of a row",
-            "    cp_async_wait<0>();\n    __syncthreads();\n    augment_rows<RESIDUAL>",
-            "    __syncthreads();\n    augment_rows<RESIDUAL>",
+            "    cp_async_wait<0>();\n    __syncthreads();\n    augment_rows<RESIDUAL, T>",
+            "    __syncthreads();\n    augment_rows<RESIDUAL, T>",
             IN_FLIGHT,
         ),
         Mutant(
             "a row is read before it is there",
-            "    __syncthreads();\n    augment_rows<RESIDUAL>",
-            "    augment_rows<RESIDUAL>",
+            "    __syncthreads();\n    augment_rows<RESIDUAL, T>",
+            "    augment_rows<RESIDUAL, T>",
             UNORDERED,
         ),
         Mutant(
@@ -344,9 +369,10 @@ def stress(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:
 
 
 def on_boundaries_of_scales(tensor_scale: np.float32) -> np.ndarray:
-    """Blocks whose amax is next to where the block scale changes."""
-    amax = (E4M3.midpoints[8:].astype(np.float64) * E2M1.max * tensor_scale).astype(np.float32)
-    return np.repeat(neighbours(amax), BLOCK).reshape(-1, 6 * BLOCK)
+    """Blocks whose amax is next to where the block scale changes, as far as they are finite."""
+    with np.errstate(over="ignore"):
+        amax = (E4M3.midpoints[8:].astype(np.float64) * E2M1.max * tensor_scale).astype(np.float32)
+    return np.repeat(neighbours(amax[np.isfinite(amax)]), BLOCK).reshape(-1, 2 * BLOCK)
 
 
 def almost_values(tensor_scale: np.float32) -> np.ndarray:
@@ -394,7 +420,9 @@ def bytes_(face: Face) -> None:
     x, selection = stress(rng, 40, 336), select_top(rng.random(336).astype(np.float32), 160)
     weight, device, small = rng.standard_normal(336).astype(np.float32), face.device, np.float32(0.0007)
     row, on_ties = norm_on_ties()
+    ends = [(on_boundaries_of_scales(np.float32(s)), s) for s in (0.0007 * 2.0**-85, 1.3 * 2.0**127)]
     for name, *arguments in [
+        *(("quantize", *end) for end in ends),
         ("quantize", x, 1.0),
         ("quantize", on_boundaries_of_scales(small), small),
         ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(2.0**-115), None),

@@ -37,11 +37,40 @@ def test_the_best_of_a_design_counts_its_last_round():
     gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=None, source="", multiprocessors=10, clock=1e9)
     case = bench.Case("fast", 4096, 28672, 4096)
     floor = case.flops / 1e14
-    assert resources.least(case, gpu, places=10, blocks=20) == (floor, floor)
-    assert resources.least(case, gpu, places=10, blocks=15) == (floor, pytest.approx(floor * 2 / 1.5))
+    assert resources.least(case, 0, gpu, places=10, blocks=20) == (floor, floor)
+    assert resources.least(case, 0, gpu, places=10, blocks=15) == (floor, pytest.approx(floor * 2 / 1.5))
     few = bench.Case("fast", 1, 28672, 4096)
-    assert resources.least(few, gpu, 10, 15) == (few.bytes / 1e12, few.bytes / 1e12)
-    assert resources.least(2_000_000, gpu, 1, 1) == (2e-6, 2e-6)
+    assert resources.least(few, 0, gpu, 10, 15) == (few.bytes / 1e12, few.bytes / 1e12)
+    assert resources.least(2_000_000, 0, gpu, 1, 1) == (2e-6, 2e-6)
+
+
+def test_the_best_of_a_design_counts_its_float32_operations():
+    """128 a clock in each of 10 multiprocessors."""
+    gpu = bench.Gpu(bytes_per_second=1e12, fp16=1e14, fp4=None, source="", multiprocessors=10, clock=1e9)
+    assert resources.least(2_000_000, 1.28e6, gpu, 10, 10) == (2e-6, 2e-6)
+    assert resources.least(2_000_000, 1.28e7, gpu, 10, 10) == (2e-6, pytest.approx(1e-5))
+    case = bench.Case("fast", 4096, 28672, 4096)
+    floor, best = resources.least(case, 1.28e12 * 0.02, gpu, 10, 10)
+    assert (floor, best) == (case.flops / 1e14, pytest.approx(0.02))
+
+
+@pytest.mark.parametrize("arch", resources.ON)
+def test_operations_are_those_of_the_formulas(arch):
+    m, n, k, s = resources.SHAPE
+    found = resources.operations(arch)
+    assert set(found) == {of.kernel for of in resources.launches(arch)}
+    float_ = {kernel: counted.float_ for kernel, counted in found.items()}
+    assert float_["pack"] == float_["unpack"] == 0
+    assert float_["amax_bf16"] == m * k * 15 / 16
+    assert float_["tensor_scale"] == 2  # a division, and the least scale
+    assert float_["decode_e2m1"] == float_["decode_e4m3"] == m * k  # one product, exact
+    assert float_["dequantize"] == m * k * (1 + 1 + 1 + 1 / 16)  # a code, times a scale, times another
+    of_a_code = 1 / 2 if arch == "120a" else 3  # and 3 of a quotient, 16 of a block's scale and reciprocal
+    assert float_["quantize_bf16"] == m * k * (3 + of_a_code + 15 / 16 + 16 / 16)
+    for kernel, rows in (("gemm_small_16", 16), ("gemm_small_8", 8)):
+        fma = rows * n * (k + s) / 16  # one for each group and output
+        assert fma < float_[kernel] < 1.2 * fma + 2 * n * (k + s) / 16 * rows
+    assert all(counted.every >= counted.float_ for counted in found.values())
 
 
 @pytest.mark.parametrize("arch", resources.ON)

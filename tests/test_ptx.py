@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ptx_kernels import ARCHS, compiled, module_of, one, output, outputs, ptx_of
+from ptx_kernels import ARCHS, THREADS, compiled, module_of, one, output, outputs, ptx_of
 from test_tensor_core import HALVES, KINDS, half_tile, nvfp4_tile
 
 import emulator
@@ -146,6 +146,16 @@ def test_the_atomic_maximum(arch):
     module.launch("k", (1, 1, 1), (64, 1, 1), [memory.upload(x), y, z], memory)
     assert y.download(np.uint32, 1) == x.max()
     np.testing.assert_array_equal(z.download(np.uint32, 64), np.maximum.accumulate([5, *x[:-1]]))
+
+
+def test_what_was_executed_is_counted():
+    """Threads, guards included; over all launches."""
+    module = compiled("""extern "C" __global__ void k(int *x) { if (threadIdx.x < 5) x[threadIdx.x] = 1; }""")
+    for grid in (1, 3):
+        outputs(module, "k", [], [(np.int32, 5)], grid=grid)
+    executed = module.executed["k"]
+    stores = sum(count for opcode, count in executed.items() if opcode.startswith("st."))
+    assert (stores, executed["ret"]) == (4 * 5, 4 * THREADS)
 
 
 def test_a_kernel_that_does_not_end_is_stopped(monkeypatch):

@@ -183,6 +183,9 @@ def test_min_and_max_take_the_number_and_know_the_sign_of_zero():
         got = one(f"{name}.f32 d, a, b;", bits_of(LEFT), bits_of(RIGHT), dtype=np.uint32).view(np.float32)
         expected = [sign * np.float32(smaller(sign * a, sign * b)) for a, b in zip(LEFT, RIGHT)]
         assert_bits(got, expected, "f32", LEFT, RIGHT)
+    got = one("max.NaN.f32 d, a, b;", bits_of(LEFT), bits_of(RIGHT), dtype=np.uint32).view(np.float32)
+    either = np.isnan(LEFT) | np.isnan(RIGHT)
+    assert_bits(got, np.where(either, np.float32(np.nan), np.float32(expected)), "f32", LEFT, RIGHT)
 
 
 def test_abs_neg_and_copysign_touch_the_sign_bit_only():
@@ -253,6 +256,7 @@ INTEGERS = {
     "shl.b32 d, a, b;": lambda a, b, c: a << min(b, 32),
     "shr.u32 d, a, b;": lambda a, b, c: a >> min(b, 32),
     "shr.s32 d, a, b;": lambda a, b, c: signed(a, 32) >> min(b, 32),
+    "shf.l.wrap.b32 d, a, b, c;": lambda a, b, c: (b << 32 | a) << (c & 31) >> 32,
     "prmt.b32 d, a, b, c;": permuted,
     "bfi.b32 d, a, b, c, 7;": lambda a, b, c: inserted(a, b, c, 7),
     "bfi.b32 d, a, b, 3, c;": lambda a, b, c: inserted(a, b, 3, c),
@@ -337,3 +341,12 @@ def test_codes_are_those_of_the_emulator(seed):
     got = one("cvt.rn.satfinite.e4m3x2.f32 d, a, b;", high, low, dtype=np.uint16)
     codes = emulator.encode_e4m3(scaled).astype(np.uint16)
     np.testing.assert_array_equal(got, codes[:N] << 8 | codes[N:])
+
+
+def test_every_pair_of_e4m3_codes_is_a_pair_of_halves():
+    """PTX ISA, cvt: the lower byte becomes the lower half; NaN is 0x7FFF."""
+    codes = np.arange(2**16, dtype=np.uint16)
+    got = one("cvt.rn.f16x2.e4m3x2 d, a;", codes, dtype=np.uint32).view(np.uint16).reshape(-1, 2)
+    values = emulator.decode_e4m3(codes.view(np.uint8)).astype(np.float16)
+    expected = np.where(np.isnan(values), np.uint16(0x7FFF), values.view(np.uint16))
+    np.testing.assert_array_equal(got, expected.reshape(-1, 2))

@@ -9,51 +9,60 @@
 constexpr int LANES = 256;
 extern __shared__ uint4 shared_row[];
 
-// 32 blocks of one row, one a lane, from `chunk` · 32 on.
+// 32 blocks of one row, one a lane, from `chunk` · 32 on; `staged` bytes into shared_row the row begins.
 template <bool RESIDUAL, class T>
-__device__ inline void augment_chunk(const T *staged, int row, int chunk, int k, int s, const int *order,
-                                     float tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
-    int blocks = (k + s) / BLOCK, tiles = (blocks + 3) / 4, first = (k - s) / BLOCK;
-    int b = chunk * 32 + threadIdx.x % 32;
+__device__ inline void augment_chunk(u32 staged, int row, int chunk, int k, int s, const int *order,
+                                     const TensorScale &tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
+    u32 blocks = (k + s) / BLOCK, tiles = (blocks + 3) / 4, first = (k - s) / BLOCK;
+    u32 b = chunk * 32 + threadIdx.x % 32;
     if (b >= k / BLOCK) return;
-    codes += (size_t)row * (k + s) / 2;
+    const u8 *row_of_x = reinterpret_cast<const u8 *>(shared_row);
     float x[BLOCK];
 #pragma unroll
     for (int i = 0; i < BLOCK; i += 4) {
-        int4 at = *reinterpret_cast<const int4 *>(order + b * BLOCK + i);
-        x[i] = staged[at.x].value(), x[i + 1] = staged[at.y].value();
-        x[i + 2] = staged[at.z].value(), x[i + 3] = staged[at.w].value();
+        uint4 at = *reinterpret_cast<const uint4 *>(order + b * BLOCK + i);
+        const u32 channels[4] = {at.x, at.y, at.z, at.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x[i + j] = reinterpret_cast<const T *>(row_of_x + (staged + channels[j] * (u32)sizeof(T)))->value();
     }
     u32 amax = amax_bits(x);
     tell_non_finite(largest, amax);
-    Block block = quantize_block(x, tensor_scale, amax);
-    int to = b < first ? b : first + 2 * (b - first);
-    store_codes(codes + to * (BLOCK / 2), block);
-    scales[scale_offset(row, to, tiles)] = block.scale;
-    if (b < first) return;
-    if (RESIDUAL) {
-        float scale = E4M3::value(block.scale);
+    codes += (size_t)row * (k + s) / 2, scales += scale_offset(row, 0, tiles);
+    u32 to = b < first ? b : 2 * b - first, last = b < first ? to : to + 1;
+    Block block;
+#pragma unroll 1
+    for (bool again = false;; again = true, to++) {
+        if (RESIDUAL || !again) block = quantize_block(x, tensor_scale, amax);
+        store_codes(codes + to * (BLOCK / 2), block);
+        scales[to / 4 * 512 + to % 4] = block.scale;
+        if (to == last) return;
+        if (RESIDUAL) {
+            float scale = E4M3::positive_value(block.scale);
 #pragma unroll
-        for (int i = 0; i < BLOCK; i++) {
-            float value = __fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale);
-            x[i] = __fmaf_rn(-value, tensor_scale, x[i]);
+            for (int i = 0; i < BLOCK; i++) {
+                float value = __fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale);
+                x[i] = __fmaf_rn(-value, tensor_scale.value, x[i]);
+            }
+            amax = amax_bits(x);
         }
-        block = quantize_block(x, tensor_scale, amax_bits(x));
     }
-    store_codes(codes + (to + 1) * (BLOCK / 2), block);
-    scales[scale_offset(row, to + 1, tiles)] = block.scale;
 }
 
 // All blocks of `rows_here` rows, shared out among warps: the last blocks first, which have a residual and take
 // twice as long.
 template <bool RESIDUAL, class T>
-__device__ inline void augment_rows(const T *staged, int first_row, int rows_here, int k, int s, const int *order,
-                                    float tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
-    int chunks = (k / BLOCK + 31) / 32;
-    for (int i = threadIdx.x / 32; i < chunks * rows_here; i += blockDim.x / 32) {
-        int row = i % rows_here;
-        augment_chunk<RESIDUAL>(staged + row * k, first_row + row, chunks - 1 - i / rows_here, k, s, order,
-                                tensor_scale, largest, codes, scales);
+__device__ inline void augment_rows(int first_row, int rows_here, int k, int s, const int *order,
+                                    const TensorScale &tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
+    u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, more_rows = warps % rows_here, fewer = warps / rows_here;
+    keep(more_rows), keep(fewer);
+    int row = warp % rows_here, chunk = (k / BLOCK + 31) / 32 - 1 - warp / rows_here;
+    while (chunk >= 0) {
+        u32 staged = row * k * (int)sizeof(T);
+        keep(staged);
+        augment_chunk<RESIDUAL, T>(staged, first_row + row, chunk, k, s, order, tensor_scale, largest, codes, scales);
+        row += more_rows, chunk -= fewer;
+        if (row >= rows_here) row -= rows_here, chunk--;
     }
 }
 
@@ -78,8 +87,7 @@ __device__ inline void augment(const T *x, int rows, int rows_each, int k, int s
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    augment_rows<RESIDUAL>(reinterpret_cast<const T *>(shared_row), first_row, rows_here, k, s, order,
-                           *tensor_scale, largest, codes, scales);
+    augment_rows<RESIDUAL, T>(first_row, rows_here, k, s, order, *tensor_scale, largest, codes, scales);
 }
 
 // lanes[t] = Σ fl(x[k]²) over k = t, t + 256, …, added in this order; then halves are added: t and t + 128, …
@@ -125,25 +133,24 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
     }
     if (bad) atomicMax(rest, rows - blockIdx.x);
     __syncthreads();
-    augment_rows<true>(reinterpret_cast<const F32 *>(row), blockIdx.x, 1, k, s, order, *tensor_scale, largest,
-                       codes, scales);
+    augment_rows<true, F32>(blockIdx.x, 1, k, s, order, *tensor_scale, largest, codes, scales);
 }
 
+// 48 registers a thread, so that a multiprocessor has five thread blocks at once; the other two would spill.
 #define AUGMENT(name, T)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(LANES, 4)                                                   \
+    extern "C" __global__ void __launch_bounds__(LANES, 5)                                                   \
         augment_activations_##name(const T *x, int rows, int rows_each, int k, int s, const int *order,      \
                                    const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {         \
         augment<true>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);                \
     }                                                                                                        \
-    extern "C" __global__ void augment_weights_##name(const T *x, int rows, int rows_each, int k, int s,     \
-                                                      const int *order, const float *tensor_scale,           \
-                                                      u32 *largest, u8 *codes, u8 *scales) {                 \
+    extern "C" __global__ void __launch_bounds__(LANES, 4)                                                   \
+        augment_weights_##name(const T *x, int rows, int rows_each, int k, int s, const int *order,          \
+                               const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {             \
         augment<false>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);               \
     }                                                                                                        \
-    extern "C" __global__ void rmsnorm_augment_activations_##name(                                           \
+    extern "C" __global__ void __launch_bounds__(LANES, 4) rmsnorm_augment_activations_##name(               \
         const T *x, int rows, int k, int s, const int *order, const float *weight, float epsilon,            \
-        const float *tensor_scale, u32 *largest, u32 *rest, u8 *codes, u8 *scales) {                    \
-        rmsnorm_augment(x, rows, k, s, order, weight, epsilon, tensor_scale, largest, rest, codes,      \
-                        scales);                                                                             \
+        const float *tensor_scale, u32 *largest, u32 *rest, u8 *codes, u8 *scales) {                         \
+        rmsnorm_augment(x, rows, k, s, order, weight, epsilon, tensor_scale, largest, rest, codes, scales);  \
     }
 FOR_EACH_INPUT(AUGMENT)

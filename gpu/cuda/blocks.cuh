@@ -3,47 +3,72 @@
 #pragma once
 #include "formats.cuh"
 
+// A tensor scale, and what all blocks need of it.
+struct TensorScale {
+    float value, reciprocal;
+    float limit; // of amax / step, for the short division; 0 near the ends of float32
+    __device__ TensorScale(float x) : value(x), reciprocal(__frcp_rn(x)), limit(0) {
+        if (x > power_of_two(-90) && x < power_of_two(90)) limit = E2M1::largest + 0.5f;
+        keep(limit);
+    }
+};
+
 struct Block {
     u32 codes[2]; // even k in the low nibble
     u32 scale;
 };
 
+// Bits of the largest |x|, or of a NaN if there is one: above those of infinity.
 __device__ inline u32 amax_bits(const float (&x)[BLOCK]) {
-    u32 amax = 0;
+    float amax = fabsf(x[0]);
 #pragma unroll
-    for (int i = 0; i < BLOCK; i++) amax = max(amax, __float_as_uint(x[i]) & MAGNITUDE);
-    return amax;
+    for (int i = 1; i < BLOCK; i++) amax = max_nan(amax, fabsf(x[i]));
+    return __float_as_uint(amax);
 }
 
-// |x| / step up to its last bit, with the reciprocal correctly rounded: one correction leaves an error below 2^-45
-// of it, and no quotient of float32 numbers that decides a code comes so near to where float32 or E2M1 would round
-// otherwise (tests/test_gpu.py tries all of them: test_the_short_division_decides_every_code_alike).
-__device__ inline float quotient_of(float x, float step, float reciprocal) {
+// |x| / y up to its last bit, with the reciprocal correctly rounded: one correction leaves an error below 2^-45
+// of it, and no quotient of float32 numbers that decides a code comes so near to where float32, E2M1 or E4M3 would
+// round otherwise (tests/test_gpu.py tries all of them: test_the_short_division_decides_every_code_alike).
+__device__ inline float quotient_of(float x, float y, float reciprocal) {
     float q = __fmul_rn(fabsf(x), reciprocal);
-    return __fmaf_rn(__fmaf_rn(-q, step, fabsf(x)), reciprocal, q);
+    return __fmaf_rn(__fmaf_rn(-q, y, fabsf(x)), reciprocal, q);
 }
 
-__device__ inline Block quantize_block(const float (&x)[BLOCK], float tensor_scale, u32 amax) {
+__device__ inline u32 nearest_scale(float v) { return nearest_e4m3(fmaxf(v, E4M3::least_positive)); }
+
+// By division and from the bits, whatever the numbers are; one after the other, as this is rare.
+__device__ inline Block quantize_any_block(float (&x)[BLOCK], float tensor_scale, u32 amax) {
     // the order of these operations is normative
     float v = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale);
-    Block block;
-    block.scale = nearest_e4m3(fmaxf(v, E4M3::least_positive));
-    float step = __fmul_rn(E4M3::value(block.scale), tensor_scale), quotient[BLOCK];
-    // Not so: scales near the ends of float32, NaN, infinity, a static tensor scale that saturates
-    bool ordinary = step > power_of_two(-100) && step < power_of_two(100) &&
-                    __uint_as_float(amax) < __fmul_rn(step, E2M1::largest + 0.5f);
-    if (ordinary) {
-        float reciprocal = __frcp_rn(step);
+    Block block = {};
+    block.scale = nearest_scale(v);
+    float step = __fmul_rn(E4M3::positive_value(block.scale), tensor_scale);
+#pragma unroll 1
+    for (int i = 0; i < BLOCK; i++) { // after 16 turns everything is where it was
+        u32 code = nearest_e2m1(__fdiv_rn(x[0], step));
+        block.codes[0] = block.codes[0] >> 4 | block.codes[1] << 28;
+        block.codes[1] = block.codes[1] >> 4 | code << 28;
+        float first = x[0];
 #pragma unroll
-        for (int i = 0; i < BLOCK; i++) quotient[i] = quotient_of(x[i], step, reciprocal);
-        block.codes[0] = nearest_e2m1x8(x, quotient);
-        block.codes[1] = nearest_e2m1x8(x + 8, quotient + 8);
-    } else {
-#pragma unroll
-        for (int i = 0; i < BLOCK; i++) quotient[i] = __fdiv_rn(x[i], step);
-        block.codes[0] = nearest_e2m1x8(quotient);
-        block.codes[1] = nearest_e2m1x8(quotient + 8);
+        for (int j = 1; j < BLOCK; j++) x[j - 1] = x[j];
+        x[BLOCK - 1] = first;
     }
+    return block;
+}
+
+__device__ inline Block quantize_block(float (&x)[BLOCK], const TensorScale &tensor_scale, u32 amax) {
+    float a = __uint_as_float(amax), sixth = quotient_of(a, E2M1::largest, 1 / E2M1::largest);
+    float v = quotient_of(sixth, tensor_scale.value, tensor_scale.reciprocal);
+    Block block;
+    block.scale = nearest_scale(v);
+    float step = __fmul_rn(E4M3::positive_value(block.scale), tensor_scale.value);
+    bool ordinary = a < __fmul_rn(step, tensor_scale.limit); // not NaN, infinity, what a static scale saturates
+    if (!ordinary) return quantize_any_block(x, tensor_scale.value, amax);
+    float reciprocal = __frcp_rn(step), quotient[BLOCK];
+#pragma unroll
+    for (int i = 0; i < BLOCK; i++) quotient[i] = quotient_of(x[i], step, reciprocal);
+    block.codes[0] = nearest_e2m1x8(x, quotient);
+    block.codes[1] = nearest_e2m1x8(x + 8, quotient + 8);
     return block;
 }
 
@@ -53,8 +78,8 @@ __device__ inline float tensor_scale_of(u32 amax) {
 }
 
 // Byte of the scale of (row, s) in tiles of 128 rows by 4 scales, `tiles` of them across.
-__device__ inline size_t scale_offset(int row, int s, int tiles) {
-    return ((size_t)(row / 128) * tiles + s / 4) * 512 + row % 32 * 16 + row / 32 % 4 * 4 + s % 4;
+__device__ inline size_t scale_offset(u32 row, u32 s, u32 tiles) {
+    return ((u64)(row / 128) * tiles + s / 4) * 512 + row % 32 * 16 + row / 32 % 4 * 4 + s % 4;
 }
 
 __device__ inline void store_codes(u8 *codes, const Block &block) {

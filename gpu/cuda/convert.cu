@@ -9,8 +9,7 @@ __device__ inline long long thread_index() { return (long long)blockIdx.x * bloc
     extern "C" __global__ void encode_e2m1_##name(const T *x, u8 *codes, long long n) {                      \
         long long i = thread_index();                                                                        \
         if (i >= n) return;                                                                                  \
-        const float alone[8] = {x[i].value()};                                                               \
-        codes[i] = nearest_e2m1x8(alone) & 0xF;                                                              \
+        codes[i] = nearest_e2m1(x[i].value());                                                               \
     }                                                                                                        \
     extern "C" __global__ void encode_e4m3_##name(const T *x, u8 *codes, long long n) {                      \
         long long i = thread_index();                                                                        \

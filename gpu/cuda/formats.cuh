@@ -42,8 +42,11 @@ template <int EXPONENT_BITS, int MANTISSA_BITS, int NAN_CODES> struct Format {
     }
 
     // Moved to where float32 has the fields, a code is its value times 2^(bias − 127): exact, subnormals too.
+    __device__ static float positive_value(u32 code) { // of a code without sign that is not NaN
+        return __fmul_rn(__uint_as_float(code << shift), power_of_two(BIAS - bias));
+    }
     __device__ static float value(u32 code) {
-        float x = __fmul_rn(__uint_as_float((code & magnitude) << shift), power_of_two(BIAS - bias));
+        float x = positive_value(code & magnitude);
         u32 bits = (code & magnitude) > largest_code ? NAN_BITS : __float_as_uint(x);
         return __uint_as_float(bits | (code >> magnitude_bits) << 31);
     }
@@ -51,19 +54,7 @@ template <int EXPONENT_BITS, int MANTISSA_BITS, int NAN_CODES> struct Format {
 typedef Format<E2M1_EXPONENT_BITS, E2M1_MANTISSA_BITS, E2M1_NAN_CODES> E2M1;
 typedef Format<E4M3_EXPONENT_BITS, E4M3_MANTISSA_BITS, E4M3_NAN_CODES> E4M3;
 
-// Eight numbers → eight codes, the first in the lowest nibble.
-__device__ inline u32 nearest_e2m1x8(const float *x) {
-#if __CUDA_ARCH__ >= 1000
-    return cvt_e2m1x8(x);
-#else
-    u32 codes = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) codes |= E2M1::nearest(x[i]) << 4 * i;
-    return codes;
-#endif
-}
-
-// The same, quicker, for eight magnitudes below 6.5, and the signs of other numbers.
+// Eight magnitudes below 6.5, and the signs of other numbers → eight codes, the first in the lowest nibble.
 __device__ inline u32 nearest_e2m1x8(const float *signs, const float *magnitudes) {
 #if __CUDA_ARCH__ >= 1000
     float x[8];
@@ -76,15 +67,23 @@ __device__ inline u32 nearest_e2m1x8(const float *signs, const float *magnitudes
     constexpr float one = 3 << (MANTISSA - 1);
     u32 codes = 0, sign = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        float halves = __fmaf_rn(magnitudes[i], 2.0f, one), ones = __fadd_rn(magnitudes[i], one + 2);
-        float twos = __fmaf_rn(magnitudes[i], 0.5f, one + 4);
-        float code = fminf(fminf(halves, ones), twos);
-        codes += __float_as_uint(code) << 4 * i;
-        codes -= 0x4B400000u << 4 * i;
-        sign |= __float_as_uint(signs[i]) >> (28 - 4 * i) & 8u << 4 * i;
+    for (int i = 7; i >= 0; i--) {
+        u32 halves = __float_as_uint(__fmaf_rn(magnitudes[i], 2.0f, one));
+        u32 ones = __float_as_uint(__fadd_rn(magnitudes[i], one + 2));
+        u32 twos = __float_as_uint(__fmaf_rn(magnitudes[i], 0.5f, one + 4));
+        codes = (codes << 4) + min(min(halves, ones), twos); // positive numbers, so their bits sort alike
+        sign = __funnelshift_l(__float_as_uint(signs[i]), sign, 4);
     }
-    return codes | sign;
+    return codes - 0x4B400000u * 0x111u | sign & 0x88888888; // of 16^i · one's bits three are within 32 bits
+#endif
+}
+
+__device__ inline u32 nearest_e2m1(float x) {
+#if __CUDA_ARCH__ >= 1000
+    const float alone[8] = {x};
+    return cvt_e2m1x8(alone) & 0xF;
+#else
+    return E2M1::nearest(x);
 #endif
 }
 
@@ -93,6 +92,16 @@ __device__ inline u32 nearest_e4m3(float x) {
     return cvt_e4m3(x);
 #else
     return E4M3::nearest(x);
+#endif
+}
+
+// Two codes, signs cleared, in the lower half → an fp16 pair, exact. NaN stays NaN.
+__device__ inline u32 f16x2_of_e4m3x2(u32 codes) {
+#if __CUDA_ARCH__ >= 890
+    return cvt_f16x2_e4m3x2((u16)codes);
+#else
+    u32 fields = __byte_perm(codes, 0, 0x1404), nan = (fields + 0x01000100) >> 15 & 0x00010001;
+    return mul_f16x2(fields >> 1, 0x5C005C00) | nan * 0x7FFF; // moved to where fp16 has them, times 2^8
 #endif
 }
 

@@ -1,7 +1,9 @@
-// Y = A·Bᵀ for M up to 8 or 16, as fast as B can be read. A group of 16 along K is one fp16 mma.m16n8k16 with C = 0:
-// e2m1·e4m3 of A by e2m1 of B, exact; times B's scale it is added in float32 by one FMA. The 16 rows of an MMA are
-// rows of B. K is dealt out in pieces of 128 to eight warps, piece p to warp p mod 8; each warp chains its groups
-// in order from +0, and the eight sums are added in order, rounded to nearest.
+// Y = A·Bᵀ for M up to 8 or 16, as fast as B can be read. A group of 16 along K is summed by fp16 mma.m16n8k16 from
+// C = 0: e2m1·e4m3 of A by e2m1 of B, exact; times B's scale it is added in float32 by one FMA. The 16 rows of an
+// MMA are rows of B. A lane gets 8 codes of a row, as they lie in memory; two lanes of a quad have one group, the
+// others the next one. So two MMAs take these 8 codes, and two more with the other half of A zero the other group.
+// K is dealt out in pieces of 128 to eight warps, piece p to warp p mod 8; each warp chains its groups in order
+// from +0, and the eight sums are added in order, rounded to nearest.
 // Equals emulator/gemm.py: matmul_fma.
 //
 // Launch: grid (1, 4·⌈N/128⌉), 256 threads. A block takes rows 8q … 8q+7, and those 32, 64 and 96 further, of a
@@ -11,7 +13,8 @@
 
 constexpr int WARPS = 8, STAGES = 3, PIECE = 128, ROWS = 32, TILES = ROWS / 16;
 constexpr int ROW_BYTES = PIECE / 2, STEPS = PIECE / 64, SCALES = ROWS * 4; // of B, for one step of 64
-constexpr u32 SIGNS = 0x80008000, FIELDS = 0x0E000E00, MAGNITUDES = 0x7F7F7F7F;
+constexpr u32 SIGNS = 0x80808080, FIELDS = 0x0E0E0E0E; // in the upper bytes of four fp16 numbers
+constexpr u32 MAGNITUDES = 0x7F7F7F7F;                 // of four scales
 constexpr float NONE[4] = {};
 extern __shared__ uint4 shared[];
 
@@ -26,37 +29,42 @@ __device__ inline int chunk_offset(int row, int chunk) { return row * ROW_BYTES 
 __device__ inline int row_of_b(int i) { return blockIdx.y / 4 * 128 + i / 8 * 32 + blockIdx.y % 4 * 8 + i % 8; }
 
 // What a lane copies of each piece: a chunk of every eighth row of B, then of A, and 16 bytes of scales of each.
+// Instead of a row that is not there it takes row 0; what comes of it is not stored.
 template <int M> struct Copies {
     static constexpr int COUNT = (ROWS + M) / 8;
-    const u8 *codes[COUNT], *b_scales, *a_scales;
-    u32 inside = 0, to; // a bit a row
+    const u8 *b_codes, *a_codes, *b_scales, *a_scales; // of the first row
+    u32 further[COUNT], to;                            // how far the others are, in pieces of a row
     int k, tiles;
 
     __device__ Copies(const Operand &a, const Operand &b) : k(a.k), tiles(a.tiles()) {
         int lane = threadIdx.x % 32, chunk = lane % 4;
         to = chunk_offset(lane / 4, chunk);
+        int row_b = row_of_b(lane / 4), row_a = lane / 4;
+        b_codes = b.row(row_b < b.rows ? row_b : 0) + chunk * 16;
+        a_codes = a.row(row_a < a.rows ? row_a : 0) + chunk * 16;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const Operand &x = i < ROWS / 8 ? b : a;
-            int row = i < ROWS / 8 ? row_of_b(8 * i + lane / 4) : 8 * i - ROWS + lane / 4;
-            inside |= row < x.rows ? 1u << i : 0;
-            codes[i] = x.row(row < x.rows ? row : 0) + chunk * 16;
-        }
+        for (int i = 0; i < COUNT; i++) // 32 rows of B further, 8 rows of A
+            further[i] = i < ROWS / 8 ? (row_b + 32 * i < b.rows ? k / 4 * i : 0)
+                                      : (row_a + 8 * i - ROWS < a.rows ? k / 16 * (i - ROWS / 8) : 0);
         b_scales = b.scales + (size_t)(blockIdx.y / 4) * tiles * 512 + lane / 8 * 512 + blockIdx.y % 4 * SCALES + lane % 8 * 16;
         a_scales = a.scales + lane / M * 512 + lane % M * 16; // a row's four bytes, and those of three that are not there
+        keep(b_codes), keep(a_codes), keep(b_scales), keep(to);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) keep(further[i]);
     }
 
     __device__ void start(u32 stage, int piece) const {
         int lane = threadIdx.x % 32, step = piece * STEPS;
-        int bytes = min(max(k / 2 - piece * ROW_BYTES - lane % 4 * 16, 0), 16);
+        int left = k / 2 - piece * ROW_BYTES - lane % 4 * 16; // bytes of a row from this chunk on
+        bool whole = k % 32 == 0;                             // else a row starts at a multiple of 8 bytes only
 #pragma unroll
         for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
-            u32 at = stage + to + i * 8 * ROW_BYTES, size = inside >> i & 1 ? bytes : 0;
-            const u8 *from = codes[i] + piece * ROW_BYTES;
-            if (k % 32 == 0) {
-                cp_async16(at, from, size);
-            } else { // a row starts at a multiple of 8 bytes only
-                cp_async8(at, from, min(size, 8)), cp_async8(at + 8, from + 8, max(size, 8) - 8);
+            u32 at = stage + to + i * 8 * ROW_BYTES;
+            const u8 *from = (i < ROWS / 8 ? b_codes : a_codes) + (u64)(further[i] + piece) * ROW_BYTES;
+            if (whole) {
+                cp_async16(at, from, left > 0 ? 16 : 0);
+            } else {
+                cp_async8(at, from, left > 0 ? 8 : 0), cp_async8(at + 8, from + 8, left > 8 ? 8 : 0);
             }
         }
         if (lane < STEPS * SCALES / 16)
@@ -66,80 +74,83 @@ template <int M> struct Copies {
     }
 };
 
-// Not zero if one of four scales is NaN. Their signs are ignored.
-__device__ inline u32 has_nan(u32 scales) { return ((scales & MAGNITUDES) + 0x01010101) & ~MAGNITUDES; }
-
-// Codes 4t … 4t + 3 of a block → two fp16 pairs, (0, 2) and (1, 3), each value times 2^-14: the fields moved to
-// where fp16 has them. So k is permuted within a block, in both operands alike.
-__device__ inline void decode(u32 (&pairs)[2], const u8 *at) {
-    u32 codes = __byte_perm(*reinterpret_cast<const u16 *>(at), 0, 0x4140);
-    pairs[0] = (codes << 12 & SIGNS) | (codes << 9 & FIELDS);
-    pairs[1] = (codes << 8 & SIGNS) | (codes << 5 & FIELDS);
-}
-
-// Scale `block` of four as an fp16 pair, times 2^7: its fields moved, times 2^15, exactly.
-__device__ inline u32 fp16_scale(u32 scales, int block) {
-    u32 one = scales >> 8 * block & E4M3::magnitude;
-    return mul_f16x2((one << 7) * 0x10001, 0x78007800);
-}
-
-// The same as float32, exactly: the fields moved, times 2^120.
-__device__ inline float scale_of(u32 scales, int block) {
-    u32 fields = block < 3 ? scales << (20 - 8 * block) : scales >> 4;
-    return __fmul_rn(__uint_as_float(fields & E4M3::magnitude << E4M3::shift), power_of_two(BIAS - E4M3::bias));
+// Eight codes → fp16 pairs (0, 2), (4, 6), (1, 3), (5, 7), each value times 2^-14: the fields moved to where fp16
+// has them. So k is permuted within a block, in both operands alike.
+__device__ inline void decode(u32 (&pairs)[4], u32 codes) {
+    u32 even = (codes << 1 & FIELDS) | (codes << 4 & SIGNS), odd = (codes >> 3 & FIELDS) | (codes & SIGNS);
+    pairs[0] = __byte_perm(even, 0, 0x1404), pairs[1] = __byte_perm(even, 0, 0x3424);
+    pairs[2] = __byte_perm(odd, 0, 0x1404), pairs[3] = __byte_perm(odd, 0, 0x3424);
 }
 
 template <int M> struct Sums {
-    float acc[TILES][M / 8][4] = {}; // times 2^-14
-    u32 nan_b[TILES][2] = {}, nan_a[M / 8] = {};
+    float acc[TILES][M / 8][4] = {}; // times 2^-28
 
-    __device__ void add_piece(const u8 *stage) {
-        int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
+    __device__ void add_piece(const u8 *stage, u32 address) {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        int to_a = chunk_offset(lane % 8, lane / 8 % 2), to_b = chunk_offset(lane % 16, lane / 16);
+#pragma unroll(M == 8 ? STEPS : 1) // with 16 rows ptxas would spill
         for (int step = 0; step < STEPS; step++) {
             // of rows g, g + 8, g + 16, g + 24
             uint4 four = *reinterpret_cast<const uint4 *>(stage + Stage<M>::b_scales + step * SCALES + g * 16);
-            const u32 of_b[TILES][2] = {{four.x, four.y}, {four.z, four.w}};
-            u32 of_a[M / 8];
+            const u32 scales_b[TILES * 2] = {four.x & MAGNITUDES, four.y & MAGNITUDES, four.z & MAGNITUDES,
+                                             four.w & MAGNITUDES};
+            // Of a chunk, lanes 0 and 1 of a quad have a block, 2 and 3 the next one.
+            u32 scales_a[M / 8], of_a[M / 8][2]; // of row g two chunks
+            u32 of_b[TILES][4];                  // of rows g and g + 8 the first chunk, then the second
 #pragma unroll
             for (int i = 0; i < M / 8; i++) {
                 const u8 *at = stage + Stage<M>::a_scales + (step * M + 8 * i + g) * 16;
-                of_a[i] = *reinterpret_cast<const u32 *>(at);
-                nan_a[i] |= has_nan(of_a[i]);
+                scales_a[i] = *reinterpret_cast<const u32 *>(at) & MAGNITUDES;
+                ldmatrix_x2(of_a[i], (address + to_a ^ 32 * step) + Stage<M>::a_codes + 8 * i * ROW_BYTES);
             }
 #pragma unroll
-            for (int j = 0; j < TILES; j++) nan_b[j][0] |= has_nan(of_b[j][0]), nan_b[j][1] |= has_nan(of_b[j][1]);
+            for (int j = 0; j < TILES; j++)
+                ldmatrix_x4(of_b[j], (address + to_b ^ 32 * step) + 16 * j * ROW_BYTES);
 #pragma unroll
-            for (int block = 0; block < 4; block++) {
-                int chunk = 2 * step + block / 2, inside = block % 2 * 8 + 2 * t;
-                u32 fa[M / 8][2];
+            for (int chunk = 0; chunk < 2; chunk++) {
+                // A times its scale, and zero in the lanes that have the other block of a chunk
+                u32 first[M / 8][4], second[M / 8][4];
 #pragma unroll
                 for (int i = 0; i < M / 8; i++) {
-                    u32 scale = fp16_scale(of_a[i], block);
-                    decode(fa[i], stage + Stage<M>::a_codes + chunk_offset(8 * i + g, chunk) + inside);
+                    u32 pairs[4], scales = f16x2_of_e4m3x2(scales_a[i] >> 16 * chunk);
+                    u32 of_first = __byte_perm(scales, 0, t < 2 ? 0x1010 : 0x4444);
+                    u32 of_second = __byte_perm(scales, 0, t < 2 ? 0x4444 : 0x3232);
+                    decode(pairs, of_a[i][chunk]);
 #pragma unroll
-                    for (int p = 0; p < 2; p++) fa[i][p] = mul_f16x2(mul_f16x2(fa[i][p], 0x58005800), scale); // · 2^7
+                    for (int p = 0; p < 4; p++) {
+                        first[i][p] = mul_f16x2(pairs[p], of_first);
+                        second[i][p] = mul_f16x2(pairs[p], of_second);
+                    }
                 }
 #pragma unroll
                 for (int j = 0; j < TILES; j++) {
-                    u32 upper[2], lower[2];
-                    decode(upper, stage + chunk_offset(16 * j + g, chunk) + inside);
-                    decode(lower, stage + chunk_offset(16 * j + g + 8, chunk) + inside);
-                    const u32 fb[4] = {upper[0], lower[0], upper[1], lower[1]};
-                    const float scales[2] = {scale_of(of_b[j][0], block), scale_of(of_b[j][1], block)};
+                    u32 upper[4], lower[4];
+                    decode(upper, of_b[j][2 * chunk]), decode(lower, of_b[j][2 * chunk + 1]);
+                    const u32 scales[2] = {f16x2_of_e4m3x2(scales_b[2 * j] >> 16 * chunk),
+                                           f16x2_of_e4m3x2(scales_b[2 * j + 1] >> 16 * chunk)};
 #pragma unroll
                     for (int i = 0; i < M / 8; i++) {
-                        float dot[4];
-                        mma_f16(dot, fb, fa[i][0], fa[i][1], NONE);
-#pragma unroll
-                        for (int e = 0; e < 4; e++) acc[j][i][e] = __fmaf_rn(dot[e], scales[e >> 1], acc[j][i][e]);
+                        add_block(acc[j][i], upper, lower, first[i], scales, 0);
+                        add_block(acc[j][i], upper, lower, second[i], scales, 16);
                     }
                 }
             }
         }
     }
 
-    // To (ROWS, M) float32 of this warp, NaN where a scale was.
+    // The sum of 16 products is exact, and so are those of the first and of the last two pairs of each lane.
+    __device__ static void add_block(float (&sum)[4], const u32 (&upper)[4], const u32 (&lower)[4],
+                                     const u32 (&of_a)[4], const u32 (&scales)[2], int shift) {
+        const u32 pairs0[4] = {upper[0], lower[0], upper[1], lower[1]};
+        const u32 pairs1[4] = {upper[2], lower[2], upper[3], lower[3]};
+        float dot[4];
+        mma_f16(dot, pairs0, of_a[0], of_a[1], NONE);
+        mma_f16(dot, pairs1, of_a[2], of_a[3], dot);
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[e] = __fmaf_rn(dot[e], float_of_f16((u16)(scales[e >> 1] >> shift)), sum[e]);
+    }
+
+    // To (ROWS, M) float32 of this warp.
     __device__ void store(float *to) const {
         int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -147,11 +158,8 @@ template <int M> struct Sums {
 #pragma unroll
             for (int i = 0; i < M / 8; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    u32 nan = nan_b[j][e >> 1] | __shfl_sync(~0u, nan_a[i], (2 * t + (e & 1)) * 4);
-                    to[(16 * j + g + 8 * (e >> 1)) * M + 8 * i + 2 * t + (e & 1)] =
-                        nan ? __uint_as_float(NAN_BITS) : acc[j][i][e];
-                }
+                for (int e = 0; e < 4; e++)
+                    to[(16 * j + g + 8 * (e >> 1)) * M + 8 * i + 2 * t + (e & 1)] = acc[j][i][e];
     }
 };
 
@@ -168,13 +176,14 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
         if (warp + WARPS * s < pieces) copies.start(to + s * Stage<M>::bytes, warp + WARPS * s);
         cp_async_commit();
     }
-    for (int s = 0, piece = warp; piece < pieces; s++, piece += WARPS) {
+    u32 s = 0;
+    for (int piece = warp; piece < pieces; s = (s + 1) % STAGES, piece += WARPS) {
         cp_async_wait<STAGES - 2>(); // this piece has arrived, of this lane's copies
         __syncwarp();                // of all; and no lane reads the piece before any more
         int next = piece + WARPS * (STAGES - 1);
         if (next < pieces) copies.start(to + (s + STAGES - 1) % STAGES * Stage<M>::bytes, next);
         cp_async_commit();
-        warp_sums.add_piece(stages + s % STAGES * Stage<M>::bytes);
+        warp_sums.add_piece(stages + s * Stage<M>::bytes, to + s * Stage<M>::bytes);
     }
     cp_async_wait<0>();
     __syncthreads(); // the stages are free for the sums
@@ -186,7 +195,7 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
         float sum = sums[i];
         for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, sums[w * ROWS * M + i]);
         int row = row_of_b(i / M);
-        sum = __fmul_rn(sum, power_of_two(14));
+        sum = __fmul_rn(sum, power_of_two(28));
         if (row < b.rows && i % M < a.rows) y[(size_t)(i % M) * b.rows + row] = __fmul_rn(sum, scale);
     }
 }

@@ -6,6 +6,11 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// x stays in its register: it is not computed again where it is used.
+__device__ inline void keep(const u8 *&x) { asm volatile("" : "+l"(x)); }
+__device__ inline void keep(u32 &x) { asm volatile("" : "+r"(x)); }
+__device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
+
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 or 8 bytes, global to shared, without registers; what lies beyond `bytes` is filled with zero.
@@ -61,6 +66,12 @@ __device__ inline u32 mul_f16x2(u32 a, u32 b) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+// The larger one; NaN if one is NaN.
+__device__ inline float max_nan(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
 __device__ inline float float_of_f16(u16 bits) {
     float x;
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
@@ -86,7 +97,12 @@ __device__ inline u32 cvt_e2m1x8(const float *x) {
 __device__ inline u32 cvt_e4m3(float x) {
     u16 pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
-    return pair & 0xFF;
+    return pair;
+}
+__device__ inline u32 cvt_f16x2_e4m3x2(u16 codes) {
+    u32 pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(codes));
+    return pair;
 }
 #endif
 

@@ -23,8 +23,9 @@ __device__ inline void quantize(const T *x, int rows, int k, const float *tensor
     scales[scale_offset(row, s, tiles)] = scale;
 }
 #define QUANTIZE(name, T)                                                                                    \
-    extern "C" __global__ void quantize_##name(const T *x, int rows, int k, const float *tensor_scale,       \
-                                               u32 *largest, u8 *codes, u8 *scales) {                        \
+    extern "C" __global__ void __launch_bounds__(256, 5)                                                     \
+        quantize_##name(const T *x, int rows, int k, const float *tensor_scale, u32 *largest, u8 *codes,     \
+                        u8 *scales) {                                                                        \
         quantize(x, rows, k, tensor_scale, largest, codes, scales);                                          \
     }
 FOR_EACH_INPUT(QUANTIZE)
