@@ -26,7 +26,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("arcquant_ref") is None:  # in Colab: clone the repository, or open its folder
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "..[tutorials]"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[tutorials]"], check=True)
 
 import re
 import tempfile
