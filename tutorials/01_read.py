@@ -39,9 +39,9 @@ from arcquant_ref.sample import load_sample
 # %% [markdown]
 # ## Sixteen codes
 #
-# 4 bits make 16 patterns. A pattern is a **code**; the number that it stands for is its **value**. The
-# format that says which code has which value is **E2M1**, one kind of FP4, a 4-bit floating-point number
-# (OCP Microscaling Formats 1.0, section 5.3.3).
+# 4 bits make 16 patterns. A pattern is a **code**; the number that it stands for is its **value**, and to
+# look that up is to **decode** it. The format that says which code has which value is **E2M1**, one kind of
+# FP4, a 4-bit floating-point number (OCP Microscaling Formats 1.0, section 5.3.3).
 
 # %%
 codes = np.arange(16, dtype=np.uint8)
@@ -120,7 +120,7 @@ assert aq.decode_e2m1(code) == 2
 # %% [markdown]
 # What about 2.5? It lies halfway: a **tie**. The rule is **ties to even**: of the two codes take the even
 # one, whose last bit is 0. Between 2 (code 0100) and 3 (code 0101) that is 2; between 3 (0101) and 4 (0110)
-# it is 4. So one tie goes down, the next one up:
+# it is 4. So one tie goes down, the next one up. `E2M1.midpoints` has all seven above 0:
 
 # %%
 for tie in E2M1.midpoints:
@@ -195,8 +195,9 @@ show(
 # %% [markdown]
 # ## Sixteen real numbers
 #
-# Here are 16 neighbouring inputs of a layer of a real language model (SmolLM2-135M-Instruct; the numbers
-# are part of the package), each encoded by itself:
+# A layer of a language model takes a row of numbers and multiplies it by a matrix. Here are 16 neighbours
+# in such a row, from a real model (SmolLM2-135M-Instruct; the numbers are part of the package), each
+# encoded by itself:
 
 # %%
 layer = load_sample()[2]
@@ -217,16 +218,17 @@ assert (got == 0).sum() == 12
 # ## Your turn
 #
 # Write `encode`: one Python float in, its code 0 … 15 out, **without a table** of values or of ties and
-# without the package. The judge tries all 65,536 numbers of bfloat16, the 16-bit format in which language
-# models compute: every tie is among them, both zeros, both infinities, which saturate, and NaN. For NaN
-# follow the hardware, which returns 0111, whatever its sign.
+# without the package. The judge tries all 65,536 numbers of **bfloat16**, in which language models often
+# compute: the upper 16 of the 32 bits of a float32. Every tie is among them, both zeros, both infinities,
+# which saturate, and NaN. For NaN follow the hardware, which returns 0111, whatever its sign.
 #
-# What helps: `math.copysign(1, x)` sees the sign of −0. `math.frexp(x)` gives the exponent. Python's
-# `round` takes ties to even. And codes are in the order of their values, so one more in the mantissa,
-# carried into the exponent where it overflows, is always the next larger value.
+# What helps: `math.copysign(1, x)` sees the sign of −0. `math.frexp(x)` gives m and e with x = m · 2ᵉ and ½
+# ≤ |m| < 1, so our exponent is e − 1. Python's `round` takes ties to even. And codes are in the order of
+# their values, so one more in the mantissa, carried into the exponent where it overflows, is always the
+# next larger value.
 
 # %%
-INPUTS = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)  # bfloat16: the upper half of a float32
+INPUTS = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)  # every upper half, lower half 0
 EXPECTED = emulator.encode_e2m1(INPUTS)  # the package's other encoder: unlike aq's, it takes infinity and NaN
 
 
