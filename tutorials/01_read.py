@@ -53,7 +53,7 @@ for code, value in zip(codes, values):
 # There are no other numbers in this format: no 2.3, no 5, no 7. Two things to see in the list:
 #
 # - The second half repeats the first with a minus sign. The top bit is the **sign**, so 0 exists twice, as
-#   0 and as −0.
+#   0 and as −0. A value without its sign is a **magnitude**.
 # - Below the sign, a larger code has a larger value, and the distance to the next value grows: ½, then 1,
 #   then 2.
 
@@ -70,7 +70,8 @@ assert np.signbit(values[8])
 # Take code 0101, which has the value 3. Its bits are `0 | 10 | 1`: a **sign** (0 is plus), two bits of
 # **exponent** and one bit of **mantissa**. That is the name: 2 bits of E, 1 bit of M.
 #
-# - The exponent field 10 is the number 2. The format subtracts 1, its **bias**, and the factor is 2²⁻¹ = 2.
+# - The exponent field 10 is the number 2. The format subtracts 1, its **bias**: the exponent is 2 − 1 = 1,
+#   and the factor 2¹ = 2.
 # - The mantissa 1 stands for ½ and is added to a 1 that is not stored: 1 + ½.
 #
 # Together (1 + ½) · 2 = 3. The same for all codes whose exponent field is not 00:
@@ -196,14 +197,14 @@ show(
 # ## Sixteen real numbers
 #
 # A layer of a language model takes a row of numbers and multiplies it by a matrix. Here are 16 neighbours
-# in such a row, from a real model (SmolLM2-135M-Instruct; the numbers are part of the package), each
-# encoded by itself:
+# in such a row, from a real model (SmolLM2-135M-Instruct, layer `blk.29.ffn_up`; the numbers are part of
+# the package), each encoded by itself:
 
 # %%
 layer = load_sample()[2]
 x = layer.evaluation[10, :16]
 got = aq.decode_e2m1(aq.encode_e2m1(x))
-print(layer.name)
+assert layer.name == "blk.29.ffn_up"
 print("x    ", *(f"{v:5.2f}" for v in x))
 print("value", *(f"{v:5.1f}" for v in got))
 print("error", *(f"{v:5.2f}" for v in x - got))

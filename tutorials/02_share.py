@@ -104,8 +104,8 @@ assert aq.decode_e2m1(aq.encode_e2m1(amax / rounded)) == 6
 # %% [markdown]
 # ## A scale for the whole tensor
 #
-# E4M3 ends at 448. That is a limit: another layer of the same model has an input of 2944, which would need
-# the scale 490.67.
+# E4M3 ends at 448. That is a limit: the package has the inputs of four layers of this model (named as in
+# the model's file), and one of the fourth is 2944, which would need the scale 490.67.
 
 # %%
 for other in layers:
@@ -146,8 +146,8 @@ assert (codes == q.codes[10, :16]).all()
 # %% [markdown]
 # That is all, in this order of operations ([the numbers](../docs/spec.md), section 3): tensor scale, block
 # scale, step, codes. The matrix has 128 rows, one for each token (a word or a piece of one) of a text, and
-# 576 columns, the inputs of the layer. They are called **activations**, and the numbers that the layer
-# multiplies them by its **weights**. What is stored of the matrix:
+# 576 columns, the inputs of the layer. These inputs are its **activations**, and the numbers that it
+# multiplies them by are its **weights**. What is stored of the matrix:
 
 # %%
 packed = aq.layout.pack(q.codes)  # two codes in a byte
@@ -224,7 +224,7 @@ assert (np.abs(one_for_sixteen - gradient) / gradient).max() < 0.25
 # The least number above 0 in E4M3 is 2⁻⁹. A block that would need a smaller scale, in units of the tensor
 # scale, gets 2⁻⁹ all the same: its scale is **floored**, raised to the least there is. (Zero would not do:
 # nothing can be divided by it.) The largest block's scale is 448, so this happens to a block whose amax is
-# less than the 448 · 2⁹ = 229,376th part of A. Is there one in our four layers?
+# less than the 448 · 2⁹ = 229,376th part of A. Is there one in the package's four layers?
 
 # %%
 for other in layers:

@@ -278,7 +278,8 @@ for other in layers:
 # %% [markdown]
 # ## What to take away
 #
-# - A block's largest number sets its step; what is below a quarter of the step becomes 0.
+# - A block's largest number sets its step; what is at most a quarter of the
+#   step becomes 0.
 # - Large inputs come in the same channels; calibration finds them, and τ · max says how many count: S.
 # - Apart they cost 16 bits more each and a second product. Next, with 4.5 bits more and one product:
 #   [Quantize the error too](04_augment.ipynb).

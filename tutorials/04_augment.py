@@ -63,7 +63,7 @@ assert (K, S) == (576, 16)
 # %% [markdown]
 # Here are the last 16 channels of the first token, one block. Its amax is 31.25. The step is the block
 # scale times the tensor scale, and a number's value is what its code stands for (0, ½, 1, 1½, 2, 3, 4 or 6,
-# with a sign) times the step. Every number below a quarter of the step becomes 0.
+# with a sign) times the step. Every number up to a quarter of the step becomes 0.
 
 # %%
 q = aq.quantize(in_order)
@@ -80,7 +80,7 @@ assert 24 < block.max() / abs(block - value).max() < 24.1
 
 # %% [markdown]
 # The last line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about
-# them. But the residual has no outlier any more. Its largest number is 1.30, a twenty-fourth of the amax.
+# them. But the residual has no outlier any more. Its own amax is 1.30, a twenty-fourth of the first.
 #
 # ## Quantize it once more
 #
@@ -109,8 +109,8 @@ assert abs(left).max() < abs(residual).max() / 24
 #
 # ## Two products in one
 #
-# The layer needs x wᵀ, and x is nearly P + R. So (P + R) wᵀ = P wᵀ + R wᵀ is two products. They are one
-# product of longer rows: append R to P, and append w to w once more.
+# The layer needs x wᵀ, and x is nearly P + R, taken by their values. So (P + R) wᵀ = P wᵀ + R wᵀ is two
+# products. They are one product of longer rows: append R to P, and append w to w once more.
 
 # %%
 P, R, small_w = np.array([[10, 20]]), np.array([[1, 2]]), np.array([[3, 4], [5, 6]])

@@ -67,7 +67,7 @@ assert max(worst["ARC"]) < 3 / 100
 #
 # ## Three facts, one bound
 #
-# For now the tensor scale is 1, so the **step** of a block is its block scale s: the E4M3 number nearest to
+# For now the tensor scale is 1, so the step of a block is its block scale s: the E4M3 number nearest to
 # amax / 6. A number becomes the nearest of 0, ½, 1, 1½, 2, 3, 4 and 6 times the step.
 #
 # *First*, the widest gap among these is the one from 4 to 6. A number in the middle of it, at 5 steps, errs
@@ -385,4 +385,4 @@ assert verdict.startswith("right")
 #   sharp.
 # - Finite formats can be tried out, all of them. What is infinite needs an argument, and a search for its
 #   holes.
-# - Sums have errors too, and GPUs their own way to add: [Add like a tensor core](06_add.ipynb).
+# - Sums have errors too, and GPUs their own way to add. Next: [Add like a tensor core](06_add.ipynb).

@@ -401,4 +401,4 @@ assert verdict == "right: all 3,840 inputs"
 # - A tensor core adds 64 products and C at once: align to the largest exponent, keep 35 bits below it, cut,
 #   add, cut.
 # - It is neither float32 in some order nor exact, and only unusual inputs show it.
-# - Now the codes must get into its registers: [Run it on a GPU you may not have](07_run.ipynb).
+# - Next, how the codes get there: [Run it on a GPU you may not have](07_run.ipynb).

@@ -99,8 +99,8 @@ print("tiles, as they lie in memory:    ", *swizzled[::512])
 assert (swizzled == np.repeat(np.arange(6), 512)).all()
 
 # %% [markdown]
-# A matrix that ends inside a tile is filled up with zeros. Here is a real one: the inputs of a layer of
-# SmolLM2-135M, 32 tokens, with residual channels as in notebook [4](04_augment.ipynb).
+# A matrix that ends inside a tile is filled up with zeros. Here is a real one: the activations of a layer
+# of SmolLM2-135M, 32 tokens, with residual channels as in notebook [4](04_augment.ipynb).
 
 # %%
 layer = load_sample()[0]
@@ -233,7 +233,7 @@ assert (got == np.arange(64)[::-1]).all()
 #
 # `gpu/cuda` holds the CUDA sources that run on real GPUs. `Interpreted` runs their PTX here, and `Face`
 # gives it the functions that you know from `arcquant_ref`. We do so for two kinds of GPU: sm_120a, RTX
-# Blackwell, which has the NVFP4 MMA, and sm_80, which has not and makes the same bits with the MMA for
+# Blackwell, which has the NVFP4 MMA, and sm_80, which has none and makes the same bits with the MMA for
 # fp16, a 16-bit format. Both augment x and multiply by the weights. The bytes must be those of
 # `arcquant_ref`, and the product's bits those of `emulator`.
 
@@ -371,8 +371,8 @@ for row in range(128):
 # **Plant a race.** The kernels of `augment.cu` augment activations. The threads of a thread block copy a
 # row of x into shared memory, each a part of it, and wait for their own copies (`cp_async_wait`); then each
 # gathers the sixteen channels of a block, which any thread may have copied. One kernel, with `rmsnorm` in
-# its name, normalizes the row in between, and for that the threads add up the squares together. Here are
-# their barriers, with what stands before and after:
+# its name, divides the row by the root of the mean of its squares in between, and for that the threads add
+# up the squares together. Here are their barriers, with what stands before and after:
 
 # %%
 AUGMENT = SOURCES["augment.cu"]
