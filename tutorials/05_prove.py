@@ -204,9 +204,10 @@ for r in found:
 
 # %% [markdown]
 # What proves what? The sweep proves the bounds for bfloat16 blocks with tensor scale 1. The arguments above
-# prove 3/17 and 3/100 for all real numbers in the normal range; the sweep checks that we did not err there.
-# Another tensor scale only changes the unit. In float32, `quantize` itself rounds: `bounds.nvfp4_bound` and
-# `bounds.arc_bound` are larger by a factor of 1 + 2⁻¹⁹ or so, for that.
+# prove 3/17 and 3/100 for all real numbers whose scales are in the normal range, for 3/100 the residual's
+# scale too; the sweep checks that we did not err there. Another tensor scale only changes the unit. In
+# float32, `quantize` itself rounds: `bounds.nvfp4_bound` and `bounds.arc_bound` are larger by a factor of 1
+# + 2⁻¹⁹ or so, for that.
 #
 # ## What the paper says
 #
