@@ -126,7 +126,8 @@ def interleave(primary: NVFP4Tensor, extra: NVFP4Tensor) -> NVFP4Tensor:
 
 
 def split(q: NVFP4Tensor, num_residual: int) -> tuple[NVFP4Tensor, NVFP4Tensor | None]:
-    """The inverse of `interleave`: the primary tensor (M, K) and the appended one (M, S), None for S = 0.
+    """An augmented tensor (M, K + S) → the primary one (M, K), channels in order, and the appended one
+    (M, S), residuals or second copies of weights; None for S = 0. The inverse of `interleave`.
 
     Raises TypeError for another type, ValueError for an S that no K + S of this depth can have.
     """

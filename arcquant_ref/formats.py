@@ -38,6 +38,7 @@ class FloatFormat:
 
     @property
     def bias(self) -> int:
+        """What is subtracted from the exponent field: field − bias is the exponent."""
         return int(2 ** (self.exponent_bits - 1) - 1)
 
     @cached_property
@@ -70,14 +71,17 @@ class FloatFormat:
 
     @property
     def max(self) -> float:
+        """The largest value."""
         return float(self.magnitudes[-1])
 
     @property
     def least_normal(self) -> float:
+        """The least value with the 1 that is not stored; below it are the subnormals."""
         return float(self.magnitudes[2**self.mantissa_bits if self.subnormals else 0])
 
     @property
     def least_positive(self) -> float:
+        """The least value above 0."""
         return float(self.magnitudes[self.magnitudes > 0][0])
 
 

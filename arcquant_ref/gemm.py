@@ -29,7 +29,8 @@ def integer_values(q: NVFP4Tensor, name: str = "q") -> NDArray[np.int64]:
 
 
 def integer_matmul(a: NVFP4Tensor, b: NVFP4Tensor) -> NDArray[np.int64]:
-    """I = Σ_k a·b without any rounding, (M, N) int64; a bᵀ is I · 2⁻²⁰ · both tensor scales."""
+    """a bᵀ of (M, K) and (N, K) without any rounding: integers, (M, N) int64, in units of 2⁻²⁰ · both tensor
+    scales. Errors as in `matmul`."""
     left, right = integer_values(a, "a"), integer_values(b, "b")
     checks.same_depth("a", left.shape[1], "b", right.shape[1])
     checks.depth(left.shape[1], MAX_DEPTH)

@@ -46,7 +46,7 @@ def _grid(fmt: FloatFormat) -> Grid:
 ELEMENT, SCALE = _grid(E2M1), _grid(E4M3)
 OTHER_TENSOR_SCALES = 100  # between 1 and 2, for the search in float32
 PIECE = 32  # amaxes between two looks at the progress bar
-LEAST, MOST = 2.0**-12, 2.0**13  # of the amaxes: below, all codes are zero; above, both scales saturate
+LEAST, MOST = 2.0**-12, 2.0**13  # of the amaxes: see that_matter
 
 
 @helper
@@ -135,8 +135,9 @@ class Sweep:
 
 
 def sweep(elements: Float64, amaxes: Float64) -> Sweep:
-    """Every element up to every amax with every second scale, on all threads; both ascend, and the amaxes are
-    among the elements."""
+    """For each amax the largest error, without and with residual, of a block that has it: every element up to
+    it is tried, with every scale that the residual's block can get. Tensor scale 1, exact, on all threads.
+    Both arguments ascend, and the amaxes are among the elements."""
     assert np.isin(amaxes, elements).all()  # else a block would lack its own amax
     worst, at, cases = np.zeros((2, len(amaxes))), np.zeros((3, len(amaxes)), np.int64), 0
     for start in tqdm(range(0, len(amaxes), PIECE), "amaxes", disable=None, leave=False):
@@ -160,7 +161,8 @@ def float16() -> Float64:
 
 
 def that_matter(numbers: Float64) -> Float64:
-    """Those that are amaxes of some interest: see LEAST and MOST."""
+    """Those from 2⁻¹² up to 2¹³, the amaxes worth trying at tensor scale 1: below, all codes are zero; above,
+    both scales saturate."""
     return numbers[(numbers >= LEAST) & (numbers < MOST)]
 
 
@@ -191,7 +193,7 @@ def supremum(bound: Bound, low: float, high: float) -> float:
 
 
 def range_below(bound: Bound, fraction: float) -> tuple[float, float]:
-    """From where to where, around amax = 1, bound <= fraction · amax."""
+    """The least and the largest amax of the range around 1 in which bound(amax) <= fraction · amax."""
     at, value = kinks(), bound(kinks())
     crossings = [value / fraction, (at - value) / (1 - fraction)]  # of a constant piece, of a rising one
     ends = np.unique(np.concatenate([at, *crossings]))
@@ -206,7 +208,8 @@ CONSTANTS = {"NVFP4": bounds.NVFP4, "ARC": bounds.ARC}
 
 
 def regimes(scheme: str) -> dict[str, tuple[float, float]]:
-    """Name → range of amax, in units of the tensor scale; the constant holds in the one called normal."""
+    """Ranges of amax, in units of the tensor scale, by name: in each, one rule sets the largest error. The
+    constants 3/17 and 3/100 hold in the one called normal."""
     subnormal, normal = E2M1.max * E4M3.least_positive, E2M1.max * E4M3.least_normal
     begin = {"scale floored": LEAST, "scale subnormal": subnormal, "normal": normal}
     if scheme == "ARC":
@@ -231,7 +234,7 @@ class Regime:
 
 
 def by_regime(swept: Sweep) -> list[Regime]:
-    """Every regime that the sweep has amaxes of."""
+    """What was found, summed up for each scheme and regime that the sweep has amaxes of."""
     a, found = swept.amaxes, []
     for s, scheme in enumerate(SCHEMES):
         for name, (low, high) in regimes(scheme).items():

@@ -42,6 +42,7 @@ class Selection:
 
     @property
     def K(self) -> int:
+        """How many channels the layer has."""
         return len(self.order)
 
     @property

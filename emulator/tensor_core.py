@@ -52,7 +52,7 @@ class TensorCore(NamedTuple):
 HOPPER = TensorCore(depth=16, group=1, fraction_bits=25, zero_exponent=-133)  # fp16 and bf16
 RTX_BLACKWELL = TensorCore(depth=64, group=BLOCK, fraction_bits=35, zero_exponent=-139)  # mxf4nvf4
 
-# Exponent and mantissa bits
+# Exponent and mantissa bits: of an element, of a block scale, of the formats of IEEE 754 and bfloat16
 FP4, SCALE = (E2M1.exponent_bits, E2M1.mantissa_bits), (E4M3.exponent_bits, E4M3.mantissa_bits)
 FP16, BF16, FP32 = (5, 10), (8, 7), (8, MANTISSA)
 GROUP_UNIT = 2 * E2M1.mantissa_bits + 2 * E4M3.mantissa_bits  # a group is a multiple of 2^(exponent − 8)
@@ -166,8 +166,10 @@ def add_aligned(
 
 @helper
 def fields(code: np.integer, widths: tuple[int, int]) -> tuple[int, int]:
-    """(significand, exponent): a code's value is significand · 2^(exponent − mantissa bits). Subnormals have
-    the least exponent and no hidden one."""
+    """(significand, exponent) of a code: its value is significand · 2^(exponent − mantissa bits). `widths`
+    are the exponent and mantissa bits of its format, such as SCALE or FP32. The significand is the mantissa
+    as an integer, with its sign and, in front, the 1 that is not stored; a subnormal has no such 1, and the
+    least exponent."""
     exponent_bits, mantissa_bits = widths
     bits = int(code)
     field = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1)

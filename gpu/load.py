@@ -79,7 +79,8 @@ def _compiled(name: str, arch: str, folder: str, sources: tuple[tuple[str, str],
 
 
 def compile_text(name: str, sources: dict[str, str], arch: str, folder: Path) -> Compiled:
-    """The same for sources given as {file name: text}; `{name}.cu` is compiled, *.cuh are its headers."""
+    """`{name}.cu` of `sources`, {file name: text}, for `arch`; *.cuh among them are its headers. What is made
+    is kept in `folder`. Errors as in `compiled`."""
     compiler, version = nvrtc()
     options = [f"-arch=sm_{arch}", *OPTIONS, *_defines(arch)]
     text = sources[f"{name}.cu"]

@@ -31,14 +31,16 @@ FILLS, HATCHES = ("#7FB8D8", "#F2CF7F", "#7FCEB9", "#E5BCD3"), ("", "//", "..", 
 
 
 def registers(count: int, parts: int) -> list[Map]:
-    """Registers of a warp, each over (1, 8, 4) lanes in `parts` parts, filled with numbers of their own."""
+    """`count` registers, each over the lanes of a warp and in parts, (1, 8, 4, parts), filled with numbers
+    that tell where they are: (lane · count + register) · parts + part."""
     lanes, numbers = np.arange(WARP).reshape(1, 8, 4, 1), np.arange(parts)
     return [(lanes * count + register) * parts + numbers for register in range(count)]
 
 
 def fragments() -> dict[str, tuple[Map, int, int]]:
-    """For each operand of mma.m16n8k64: which (lane, register, part) each element comes from, as registers()
-    numbers them, and how many registers and parts there are."""
+    """For each operand of mma.m16n8k64 three things: a matrix that tells for each element in which part of
+    which register of which lane it lies, as (lane · count + register) · parts + part; `count`, how many
+    registers of a lane hold the operand; and `parts`, how many elements share a register."""
     c, scale = [x[..., 0] for x in registers(4, 1)], registers(1, 4)[0]
     return {
         "A": (rows_of_a(registers(4, CODES))[0], 4, CODES),
@@ -126,7 +128,7 @@ def swizzled(rows: int = TILE_ROWS, columns: int = TILE_COLS) -> Map:
 
 
 def swizzle_figure() -> Figure:
-    """The tile as a matrix, and the same bytes in the order of memory, 16 a line."""
+    """A tile of scales as a matrix, and the same 512 bytes in the order of memory, 16 a line."""
     figure = Figure(figsize=(9.5, 7.2), layout="constrained")
     matrix, memory = figure.subplots(1, 2, width_ratios=[4, 16])
     numbers, quarter = swizzled(), TILE_ROWS // 4

@@ -39,21 +39,27 @@ def test_the_notebook_keeps_the_rules(source):
 
 @every_tutorial
 def test_the_notebook_is_its_source_executed(source):
-    notebook = notebooks.read(source)
+    build = notebooks.build()
+    notebook = build.read(source)
     nothing_in(notebooks.out_of_step(notebook, committed(source)))
     if source.stem in NEEDS_MODEL:
         model_weights()
-    executed = notebooks.execute(notebook, 300 if source.stem in NEEDS_MODEL else 60)
-    nothing_in(notebooks.changed_outputs(committed(source), executed))
-    nothing_in(notebooks.problems(executed))
+    before = set(TUTORIALS.iterdir())
+    ran = build.execute(notebook, 300 if source.stem in NEEDS_MODEL else 60)
+    assert set(TUTORIALS.iterdir()) <= before, "it leaves files"
+    nothing_in(notebooks.changed_outputs(committed(source), ran))
+    nothing_in(notebooks.problems(ran))
 
 
 @every_tutorial
 def test_the_page_of_tutorials_names_the_notebook_and_links_lead_somewhere(source):
     page = (TUTORIALS / "README.md").read_text()
     cells = committed(source)["cells"]
-    number, title = re.match(r"# (\d)\. (.+)", "".join(cells[0]["source"])).groups()
+    number, title, minutes = re.match(
+        r"# (\d)\. (.+)[^#]* (\d+)\sminutes", "".join(cells[0]["source"])
+    ).groups()
     assert f"| {number} | [{title}]({source.stem}.ipynb) |" in page
+    assert re.search(rf"^\| {number} \|.*\| {minutes} \|", page, re.MULTILINE), f"{minutes} minutes"
     markdown = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", markdown):
         announced = f"`{target.removesuffix('.ipynb')}`" in page  # a notebook that is still to come
@@ -108,6 +114,10 @@ def rerun(notebook):
     notebooks.code_cells(notebook)[1][1]["execution_count"] = 9
 
 
+def built_by_hand(notebook):
+    notebook["cells"].insert(2, notebook["cells"][2])
+
+
 def other_install(notebook):
     cell = notebooks.code_cells(notebook)[0][1]
     cell["source"] = "".join(cell["source"]).replace('"-q", ', "")
@@ -142,7 +152,8 @@ def answer_without_assert(notebook):
         (no_figure, "no figure"),
         (an_error, "raises NameError"),
         (a_warning, "stderr"),
-        (rerun, "ran as number 9, not 2"),
+        (rerun, "build the notebook anew"),
+        (built_by_hand, "build the notebook anew"),
         (other_install, "install"),
         (solved_stub, "not yet"),
         (no_answer, 'the tag "answer"'),
@@ -178,7 +189,7 @@ def test_a_changed_output_is_found(kind):
     """A digit of a number, the alt text of a figure, the text below it."""
     kept = committed(SOURCES[0])
     changed = copy.deepcopy(kept)
-    _, output = of_first_cell(kind, changed)
+    cell, output = of_first_cell(kind, changed)
     if kind == "stdout":
         output["text"] = "".join(output["text"]).replace("3.0", "3.5", 1)
     elif kind == "image/png":
@@ -187,22 +198,42 @@ def test_a_changed_output_is_found(kind):
         output["data"][kind] = "*Another text.*"
     assert len(notebooks.changed_outputs(kept, changed)) == 1
     assert notebooks.changed_outputs(kept, kept) == []
+    cell["metadata"]["tags"] = ["varies"]
+    assert notebooks.changed_outputs(changed, kept) == []
 
 
-def from_cells(*cells):
-    return optional("jupytext").reads("\n".join(f"# %%\n{cell}" for cell in cells), fmt="py:percent")
+def executed(seconds, *cells):
+    """Code cells, after a run."""
+    nbformat, build = optional("nbformat"), notebooks.build()
+    written = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    return build.execute(nbformat.v4.new_notebook(cells=written), seconds)["cells"]
 
 
 def test_a_cell_that_raises_or_does_not_end_is_found():
     with pytest.raises(Exception, match="AssertionError"):
-        notebooks.execute(from_cells("x = 1", "assert x == 2"), 60)
+        executed(60, "x = 1", "assert x == 2")
     with pytest.raises(TimeoutError):
-        notebooks.execute(from_cells("while True: pass"), 5)
+        executed(5, "while True: pass")
 
 
 def test_a_fresh_kernel_imports_this_copy_and_a_result_is_an_output():
-    executed = notebooks.execute(from_cells("import arcquant_ref", "arcquant_ref.__file__"), 60)
-    assert notebooks.printed(executed["cells"][1]) == repr(str(ROOT / "arcquant_ref/__init__.py"))
+    _, cell = executed(60, "import arcquant_ref", "arcquant_ref.__file__")
+    assert notebooks.printed(cell) == repr(str(ROOT / "arcquant_ref/__init__.py"))
+
+
+def test_a_built_notebook_holds_nothing_that_chance_decides():
+    """Pieces of stdout around a flush are one output; the order with a figure between them stays."""
+    flushes = "import sys, time\nfor i in 1, 2:\n    print(i)\n    sys.stdout.flush()\n    time.sleep(0.3)"
+    cells = executed(60, flushes, "print(3)\ndisplay(4)\nprint(5)")
+    kinds = [[output.output_type for output in cell.outputs] for cell in cells]
+    assert kinds == [["stream"], ["stream", "display_data", "stream"]]
+    assert cells[0].outputs[0].text == "1\n2\n"
+    assert all(cell.metadata == {} for cell in cells)
+
+
+def test_a_number_without_a_notebook_is_an_error():
+    with pytest.raises(SystemExit, match=r"no tutorials/77_\*\.py\. Give two digits"):
+        notebooks.build().main(["77"])
 
 
 def test_show_refuses_axes_that_do_not_say_what_they_measure():

@@ -39,9 +39,9 @@ from arcquant_ref.sample import load_sample
 # %% [markdown]
 # ## Sixteen codes
 #
-# 4 bits make 16 patterns. A pattern is a **code**; the number that it stands for is its **value**. The
-# format that says which code has which value is **E2M1**, one kind of FP4, a 4-bit floating-point number
-# (OCP Microscaling Formats 1.0, section 5.3.3).
+# 4 bits make 16 patterns. A pattern is a **code**; the number that it stands for is its **value**, and to
+# look that up is to **decode** it. The format that says which code has which value is **E2M1**, one kind of
+# FP4, a 4-bit floating-point number (OCP Microscaling Formats 1.0, section 5.3.3).
 
 # %%
 codes = np.arange(16, dtype=np.uint8)
@@ -53,7 +53,7 @@ for code, value in zip(codes, values):
 # There are no other numbers in this format: no 2.3, no 5, no 7. Two things to see in the list:
 #
 # - The second half repeats the first with a minus sign. The top bit is the **sign**, so 0 exists twice, as
-#   0 and as −0.
+#   0 and as −0. A value without its sign is a **magnitude**.
 # - Below the sign, a larger code has a larger value, and the distance to the next value grows: ½, then 1,
 #   then 2.
 
@@ -70,7 +70,8 @@ assert np.signbit(values[8])
 # Take code 0101, which has the value 3. Its bits are `0 | 10 | 1`: a **sign** (0 is plus), two bits of
 # **exponent** and one bit of **mantissa**. That is the name: 2 bits of E, 1 bit of M.
 #
-# - The exponent field 10 is the number 2. The format subtracts 1, its **bias**, and the factor is 2²⁻¹ = 2.
+# - The exponent field 10 is the number 2. The format subtracts 1, its **bias**: the exponent is 2 − 1 = 1,
+#   and the factor 2¹ = 2.
 # - The mantissa 1 stands for ½ and is added to a 1 that is not stored: 1 + ½.
 #
 # Together (1 + ½) · 2 = 3. The same for all codes whose exponent field is not 00:
@@ -120,7 +121,7 @@ assert aq.decode_e2m1(code) == 2
 # %% [markdown]
 # What about 2.5? It lies halfway: a **tie**. The rule is **ties to even**: of the two codes take the even
 # one, whose last bit is 0. Between 2 (code 0100) and 3 (code 0101) that is 2; between 3 (0101) and 4 (0110)
-# it is 4. So one tie goes down, the next one up:
+# it is 4. So one tie goes down, the next one up. `E2M1.midpoints` has all seven above 0:
 
 # %%
 for tie in E2M1.midpoints:
@@ -195,14 +196,15 @@ show(
 # %% [markdown]
 # ## Sixteen real numbers
 #
-# Here are 16 neighbouring inputs of a layer of a real language model (SmolLM2-135M-Instruct; the numbers
-# are part of the package), each encoded by itself:
+# A layer of a language model takes a row of numbers and multiplies it by a matrix. Here are 16 neighbours
+# in such a row, from a real model (SmolLM2-135M-Instruct, layer `blk.29.ffn_up`; the numbers are part of
+# the package), each encoded by itself:
 
 # %%
 layer = load_sample()[2]
 x = layer.evaluation[10, :16]
 got = aq.decode_e2m1(aq.encode_e2m1(x))
-print(layer.name)
+assert layer.name == "blk.29.ffn_up"
 print("x    ", *(f"{v:5.2f}" for v in x))
 print("value", *(f"{v:5.1f}" for v in got))
 print("error", *(f"{v:5.2f}" for v in x - got))
@@ -217,16 +219,17 @@ assert (got == 0).sum() == 12
 # ## Your turn
 #
 # Write `encode`: one Python float in, its code 0 … 15 out, **without a table** of values or of ties and
-# without the package. The judge tries all 65,536 numbers of bfloat16, the 16-bit format in which language
-# models compute: every tie is among them, both zeros, both infinities, which saturate, and NaN. For NaN
-# follow the hardware, which returns 0111, whatever its sign.
+# without the package. The judge tries all 65,536 numbers of **bfloat16**, in which language models often
+# compute: the upper 16 of the 32 bits of a float32. Every tie is among them, both zeros, both infinities,
+# which saturate, and NaN. For NaN follow the hardware, which returns 0111, whatever its sign.
 #
-# What helps: `math.copysign(1, x)` sees the sign of −0. `math.frexp(x)` gives the exponent. Python's
-# `round` takes ties to even. And codes are in the order of their values, so one more in the mantissa,
-# carried into the exponent where it overflows, is always the next larger value.
+# What helps: `math.copysign(1, x)` sees the sign of −0. `math.frexp(x)` gives m and e with x = m · 2ᵉ and ½
+# ≤ |m| < 1, so our exponent is e − 1. Python's `round` takes ties to even. And codes are in the order of
+# their values, so one more in the mantissa, carried into the exponent where it overflows, is always the
+# next larger value.
 
 # %%
-INPUTS = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)  # bfloat16: the upper half of a float32
+INPUTS = (np.arange(2**16, dtype=np.uint32) << 16).view(np.float32)  # every upper half, lower half 0
 EXPECTED = emulator.encode_e2m1(INPUTS)  # the package's other encoder: unlike aq's, it takes infinity and NaN
 
 

@@ -104,8 +104,8 @@ assert aq.decode_e2m1(aq.encode_e2m1(amax / rounded)) == 6
 # %% [markdown]
 # ## A scale for the whole tensor
 #
-# E4M3 ends at 448. That is a limit: another layer of the same model has an input of 2944, which would need
-# the scale 490.67.
+# E4M3 ends at 448. That is a limit: the package has the inputs of four layers of this model (named as in
+# the model's file), and one of the fourth is 2944, which would need the scale 490.67.
 
 # %%
 for other in layers:
@@ -114,17 +114,18 @@ for other in layers:
 assert np.abs(layers[3].evaluation).max() / 6 > E4M3.max == 448
 
 # %% [markdown]
-# So there is a second scale, one float32 number for the whole matrix: the **tensor scale**. With A, the
-# amax of the matrix, it is A / 2688, where 2688 = 6 · 448. In units of it, the block that contains A gets
-# the scale 448, the largest there is, and all others less. 32 bits for a whole matrix are not worth
-# counting.
+# So there is a second scale, one float32 number for the whole matrix: the **tensor scale** (tensor is the
+# word for arrays of numbers; ours are matrices). With A, the amax of the matrix, it is A / 2688, where 2688
+# = 6 · 448. In units of it, the block that contains A gets the scale 448, the largest there is, and all
+# others less. 32 bits for a whole matrix are not worth counting.
 #
 # A value is now a product of three:
 #
 # value = e2m1(code) · e4m3(block scale) · tensor scale
 #
-# The last two, multiplied, are the **step**: what a code of value 1 stands for. All of quantization, for
-# our 16 numbers, beside what the package makes of the whole matrix:
+# The last two, multiplied, are the **step**: what a code of value 1 stands for. To **quantize** numbers is
+# to find all three; to **dequantize** is to multiply them out. Here for our 16 numbers, beside what the
+# package makes of the whole matrix:
 
 # %%
 A = np.abs(layer.evaluation).max()
@@ -143,9 +144,10 @@ assert block_scale == q.block_scales[10, 0]
 assert (codes == q.codes[10, :16]).all()
 
 # %% [markdown]
-# That is the whole method, in this order of operations ([the numbers](../docs/spec.md), section 3): tensor
-# scale, block scale, step, codes. The matrix has 128 rows, one for each token (a word or a piece of one) of
-# a text, and 576 columns, the inputs of the layer. What is stored of it:
+# That is all, in this order of operations ([the numbers](../docs/spec.md), section 3): tensor scale, block
+# scale, step, codes. The matrix has 128 rows, one for each token (a word or a piece of one) of a text, and
+# 576 columns, the inputs of the layer. These inputs are its **activations**, and the numbers that it
+# multiplies them by are its **weights**. What is stored of the matrix:
 
 # %%
 packed = aq.layout.pack(q.codes)  # two codes in a byte
@@ -222,7 +224,7 @@ assert (np.abs(one_for_sixteen - gradient) / gradient).max() < 0.25
 # The least number above 0 in E4M3 is 2⁻⁹. A block that would need a smaller scale, in units of the tensor
 # scale, gets 2⁻⁹ all the same: its scale is **floored**, raised to the least there is. (Zero would not do:
 # nothing can be divided by it.) The largest block's scale is 448, so this happens to a block whose amax is
-# less than the 448 · 2⁹ = 229,376th part of A. Is there one in our four layers?
+# less than the 448 · 2⁹ = 229,376th part of A. Is there one in the package's four layers?
 
 # %%
 for other in layers:
@@ -289,5 +291,5 @@ assert verdict.startswith(
 #
 # - A value is e2m1(code) · e4m3(block scale) · tensor scale: 4 bits, 8 bits shared by 16, 32 bits for all.
 # - The scale takes the largest of 16 to 6, nearly. It ranges from 2⁻⁹, where it is floored, to 448.
-# - The largest sets the scale for all 16. [Next: watch one outlier spoil fifteen
-#   neighbours](03_watch.ipynb).
+# - The largest sets the scale for all 16. Next:
+#   [Watch one outlier spoil fifteen neighbours](03_watch.ipynb).

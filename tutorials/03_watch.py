@@ -167,7 +167,7 @@ show(
     "Left: 576 channels sorted by their largest input, on a logarithmic axis; six, marked with triangles, "
     "lie above a dashed line at an eighth of the maximum. Right: errors as a map of tokens and channels. Two "
     "stripes are exactly one block wide and have a triangle above: channels 240 to 255, with large errors "
-    "for all tokens, and 304 to 319; a third triangle stands above a block with few errors more than others.",
+    "for all tokens, and 304 to 319, with smaller ones; the block of the third triangle can hardly be seen.",
 )
 
 # %% [markdown]
@@ -278,7 +278,8 @@ for other in layers:
 # %% [markdown]
 # ## What to take away
 #
-# - A block's largest number sets its step; what is below a quarter of the step becomes 0.
+# - A block's largest number sets its step; what is at most a quarter of the
+#   step becomes 0.
 # - Large inputs come in the same channels; calibration finds them, and τ · max says how many count: S.
-# - Apart they cost 16 bits each and a second product. [Next: quantize the error too](04_augment.ipynb) in
-#   4.5.
+# - Apart they cost 16 bits more each and a second product. Next, with 4.5 bits more and one product:
+#   [Quantize the error too](04_augment.ipynb).

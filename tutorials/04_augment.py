@@ -43,26 +43,27 @@ np.set_printoptions(precision=2, suppress=True, linewidth=110, floatmode="fixed"
 # %% [markdown]
 # ## What is left over
 #
-# The package holds the inputs and weights of four layers of a language model, SmolLM2-135M. We take one. Its
-# input `x` has a row for each token and a column for each of K = 576 **channels**; the layer computes x wᵀ.
-# As in notebook 3, `select` sorts the channels by their largest |x| on calibration text (channel amax).
-# Those above τ = 1/8 of the maximum are outliers, and S is their number, rounded up to a multiple of 16.
+# The package holds the activations and weights of four layers of a language model, SmolLM2-135M. We take
+# one. Its activations `x` have a row for each token and a column for each of K = 576 channels, its weights
+# `w` a row for each output; the layer computes x wᵀ. As in notebook 3, `select` sorts the channels by their
+# largest |x| on calibration text, `channel_amax`. Those above τ = 1/8 of the maximum are outliers, and S is
+# their number, rounded up to a multiple of 16.
 
 # %%
 layer = next(layer for layer in load_sample() if layer.name == "blk.29.ffn_up")
 x, w = layer.evaluation, layer.weight
 selection = aq.select(aq.calibrate([layer.calibration]))
 K, S = selection.K, selection.num_residual
-in_order = x[:, selection.order]  # ascending channel amax: the outliers are last
+in_order = x[:, selection.order]  # ascending channel_amax: the outliers are last
 
 amax = selection.channel_amax
 print(f"x {x.shape}, w {w.shape}; {(amax > amax.max() / 8).sum()} channels above τ · max, so S = {S}")
 assert (K, S) == (576, 16)
 
 # %% [markdown]
-# Here are the last 16 channels of the first token, one block. Its amax is 31.25. The block scale times the
-# tensor scale is the block's **step**, and a number's **value** is its E2M1 code (0, ½, 1, 1½, 2, 3, 4 or 6,
-# with a sign) times the step. Every number below a quarter of the step becomes 0.
+# Here are the last 16 channels of the first token, one block. Its amax is 31.25. The step is the block
+# scale times the tensor scale, and a number's value is what its code stands for (0, ½, 1, 1½, 2, 3, 4 or 6,
+# with a sign) times the step. Every number up to a quarter of the step becomes 0.
 
 # %%
 q = aq.quantize(in_order)
@@ -78,8 +79,8 @@ assert (value == 0).sum() == 13
 assert 24 < block.max() / abs(block - value).max() < 24.1
 
 # %% [markdown]
-# The last line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about them.
-# But the residual has no outlier any more. Its largest number is 1.30, a twenty-fourth of the amax.
+# The last line is the **residual**. Thirteen of its numbers are x itself: the block says nothing about
+# them. But the residual has no outlier any more. Its own amax is 1.30, a twenty-fourth of the first.
 #
 # ## Quantize it once more
 #
@@ -99,17 +100,17 @@ assert 24 < step / second_step < 25
 assert abs(left).max() < abs(residual).max() / 24
 
 # %% [markdown]
-# The second step is 25 times smaller, and so is the largest error. A number now has two codes of 4 bits, its
-# **primary** code P and its residual code R, each with its share of a scale: 9 bits instead of 4.5. That is
-# affordable because only the last S channels need it.
+# The second step is about 25 times smaller, and so is the largest error. A number now has two codes of 4
+# bits, its **primary** code P and its residual code R, each with its share of a scale: 9 bits instead of
+# 4.5. That is affordable because only the last S channels need it.
 #
 # Note the second argument of `quantize`: the residual uses the tensor scale of the primary codes. It must,
 # because of where we put R next.
 #
 # ## Two products in one
 #
-# The layer needs x wᵀ, and x is nearly P + R. So (P + R) wᵀ = P wᵀ + R wᵀ is two products. They are one
-# product of longer rows: append R to P, and append w to w once more.
+# The layer needs x wᵀ, and x is nearly P + R, taken by their values. So (P + R) wᵀ = P wᵀ + R wᵀ is two
+# products. They are one product of longer rows: append R to P, and append w to w once more.
 
 # %%
 P, R, small_w = np.array([[10, 20]]), np.array([[1, 2]]), np.array([[3, 4], [5, 6]])
@@ -120,10 +121,11 @@ assert (apart == together).all()
 
 # %% [markdown]
 # Only S channels have residuals, so R has S columns, and of w we append the same S. Notebook 3 stored these
-# channels apart, for 16 bits each and a second product. Here they cost 9 bits, and the GPU sees one NVFP4
-# product of depth K' = K + S. One product has one tensor scale for each operand, which is why R shares that
-# of P. On the weight side the codes and scales of the S columns stand there twice, copied. This is what
-# **augment** means.
+# channels apart, for 16 bits more each and a second product. Here it is 4.5 bits more each, and the GPU
+# sees one NVFP4 product of **depth** K' = K + S, the number of columns of the two matrices that it
+# multiplies, its **operands**. An operand has one tensor scale, which is why R shares that of P. On the
+# weight side the codes and scales of the S columns stand there twice, copied. To **augment** is to append
+# all this.
 
 # %%
 a = aq.augment_activations(x, selection)
@@ -137,9 +139,9 @@ assert selection.bits_per_value == 4.625
 # ## The layout
 #
 # R is not appended at the very end. The order is: first the K − S channels without residual, then for each
-# block of 16 outlier channels its primary codes and at once its residual codes, P₀ R₀ P₁ R₁ … A GPU thread
-# that has just quantized a block still holds its residual, and writes both next to each other. For the
-# weights it is W₀ W₀ W₁ W₁ …
+# block of 16 residual channels its primary codes and at once its residual codes, P₀ R₀ P₁ R₁ … A GPU that
+# has just quantized a block still holds its residual, and writes both next to each other. For the weights
+# it is W₀ W₀ W₁ W₁ …
 #
 # To see it, we take a matrix whose blocks are easy to tell apart: K = 64, S = 32, block number i (of 0 … 3)
 # holds the constant i + 1. Their amaxes ascend, so the order of the channels stays.
@@ -157,8 +159,8 @@ assert abs(blocks_of_a[2] + blocks_of_a[3] - 3) < 0.01
 assert blocks_of_a[5] == 0
 
 # %% [markdown]
-# Six blocks: two without residual, then P₀ R₀ P₁ R₁. P₀ is 2.86 instead of 3, and R₀ the 0.14 that it lacks.
-# R₁ is 0, because 4 is the tensor's largest number and has no error.
+# Six blocks: two without residual, then P₀ R₀ P₁ R₁. P₀ is 2.86 instead of 3, and R₀ the 0.14 that it
+# lacks. R₁ is 0, because 4 is the tensor's largest number and has no error.
 #
 # ## One product, exactly
 #
@@ -216,7 +218,8 @@ assert not won["blk.0.attn_output"]
 # ## The picture
 #
 # Above: the operands for S = 64, which shows the layout better than 16 (the authors' code rounds S up to
-# multiples of 64). Every block is drawn, its width to scale. Below: what each S costs and what it buys.
+# multiples of 64). Every block is drawn, its width to scale. Below: what each S costs and what it buys. (S
+# = 0 is NVFP4 with the channels in order. In this layer the order alone lowers the error.)
 
 # %%
 drawn = 64
@@ -229,7 +232,8 @@ for y, letters in zip((2, 1, 0), rows.values()):
     diagram.broken_barh(
         [(16 * i, 16) for i in range(plain)], (y - 0.3, 0.6), facecolor="white", edgecolor=GREY
     )
-    diagram.text(8 * plain, y, f"{plain} blocks of 16 without residual", ha="center", va="center",
+    what = "that stand there once" if letters == "WW" else "without residual"
+    diagram.text(8 * plain, y, f"{plain} blocks of 16 {what}", ha="center", va="center",
                  bbox={"color": "white", "pad": 2})  # fmt: skip
     for i in range(pairs * len(letters)):
         letter, number = letters[i % len(letters)], i // len(letters)
@@ -255,7 +259,8 @@ def output_error(result):
 
 errors = [output_error(demo.arc(x, w, aq.select_top(amax, size))) for size in sizes]
 limit = output_error(demo.w4a16_reordered(x, w, selection))
-curve.axhline(output_error(demo.nvfp4(x, w)), color=GREY, label="NVFP4, channels as they come")
+as_they_come = output_error(demo.nvfp4(x, w))
+curve.axhline(as_they_come, color=GREY, label="NVFP4, channels as they come")
 curve.plot(sizes, errors, color=BLUE, marker="o", label="ARC")
 curve.plot(S, errors[sizes.index(S)], color=ORANGE, marker="*", markersize=16, linestyle="", label="S by τ")
 curve.plot(drawn, errors[sizes.index(drawn)], color=ORANGE, marker="s", linestyle="", label="S drawn above")
@@ -270,18 +275,19 @@ show(
     figure,
     "Above: each of the last four blocks of x gets a hatched residual block R right behind its primary block "
     "P; the same four blocks of the weights stand there twice. Below: the first 16 residual channels remove "
-    "almost half of what 576 can remove, at 4.6 instead of 9 bits per activation; the rest is the weights' "
-    "error.",
+    "almost half of what 576 can remove, at 4.6 instead of 9 bits per activation. What remains with all 576, "
+    "the dotted line, is the weights' error.",
 )
+assert errors[0] < as_they_come
 assert 0.45 < (errors[0] - errors[1]) / (errors[0] - errors[-1]) < 0.5
 assert errors[-1] - limit < 0.1
 
 # %% [markdown]
 # ## Your turn
 #
-# Write both functions. `x` and `w` are float32; `order` and S are `selection.order` and
+# Write both functions. `x` and `w` are float32; the order and S are `selection.order` and
 # `selection.num_residual`. Use `aq.quantize` and `exact_values`, which gives a tensor's values in float64.
-# Take the residual in float64 and round it to float32 once. S may be 0.
+# Take the residual in float64 and round it to float32 once. S may be 0, and then `x[:, -S:]` is all of x.
 #
 # Codes have a column for each channel, block scales one for 16 channels. The stub has the outlines and
 # forgets the residuals: it appends zeros.
@@ -396,4 +402,4 @@ assert verdict.startswith("right")
 #
 # - A residual has no outlier, so a second set of 4-bit codes is fine where the first was coarse.
 # - P₀ R₀ P₁ R₁ … against W₀ W₀ W₁ W₁ … is one NVFP4 product of depth K + S, equal to two products exactly.
-# - How far down, at the worst? [Prove a bound by trying everything](05_prove.ipynb).
+# - How large can the error still be? Next: [Prove a bound by trying everything](05_prove.ipynb).

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 6. Add like a tensor core
 #
-# Afterwards you can predict, to the last bit, what the matrix instruction of an NVFP4 GPU makes of 64
-# products and a number, and say where float32 arithmetic gives other bits. 30 minutes. Before: [2, Share one
-# scale among sixteen](02_share.ipynb).
+# Afterwards you can predict, to the last bit, what one instruction of a GPU makes of 64 NVFP4 products and
+# a number, and say where float32 arithmetic gives other bits. 30 minutes. Before: [2, Share one scale among
+# sixteen](02_share.ipynb).
 
 # %%
 import importlib.util
@@ -38,8 +38,8 @@ from emulator.tensor_core import FP32, HOPPER, RTX_BLACKWELL, SCALE, fields
 # %% [markdown]
 # ## float32 has no sum
 #
-# A float32 number has 24 significant bits. After each addition the sum is rounded to them, so a sum of three
-# numbers depends on which two come first:
+# A float32 number has 24 significant bits. After each addition the sum is rounded to them, so a sum of
+# three numbers depends on which two come first:
 
 # %%
 big, one = np.float32(2**24), np.float32(1)
@@ -47,19 +47,22 @@ print(f"{(big + one) + one:.0f} {big + (one + one):.0f}")
 assert (big + one) + one != big + (one + one)
 
 # %% [markdown]
-# 2²⁴ + 1 needs 25 bits and becomes 2²⁴ again. So there are as many float32 sums as orders. A matrix product
-# in a GPU's **tensor core** has another rule altogether: it adds 64 products *at once*. Which bits come out?
+# 2²⁴ + 1 needs 25 bits and becomes 2²⁴ again. So there are as many float32 sums as orders. A GPU multiplies
+# matrices in its **tensor cores**, and these have another rule altogether: they add 64 products *at once*.
+# Which bits come out?
 #
 # ## One instruction
 #
 # An **MMA** (matrix multiply-accumulate) is one instruction of a tensor core, D = A Bᵀ + C. The one for
-# NVFP4, PTX's `mma.sync.aligned.m16n8k64 … kind::mxf4nvf4`, takes 16 rows of A, 8 rows of B, and 64 columns
-# of both. Each of the 16 · 8 outputs is the sum of 64 products and a float32 number C. The 64 products are
-# four **groups** of 16, and each group has two block scales, one from A and one from B.
+# NVFP4 takes 16 rows of A, 8 rows of B, and 64 columns of both. (In PTX, NVIDIA's instruction language, its
+# name is `mma.sync.aligned.m16n8k64 … kind::mxf4nvf4`.) Each of the 16 · 8 outputs is the sum of 64
+# products and a float32 number C. The 64 products are four **groups** of 16, and each group has two block
+# scales, one from A and one from B.
 #
-# `emulator.mma_m16n8k64` computes it on a CPU. We need only one output at a time, so `core` fills all rows
-# with the same numbers. `float32_sums` does the same with float32 additions in four orders. (The products
-# themselves are exact in float32: they have at most 12 significant bits.)
+# The package has an **emulator**, which computes the bits of tensor cores on a CPU; its `mma_m16n8k64` is
+# this MMA. We need only one output at a time, so `core` fills all rows with the same numbers.
+# `float32_sums` does the same with float32 additions in four orders. (The products themselves are exact in
+# float32: they have at most 12 significant bits.)
 
 
 # %%
@@ -120,9 +123,9 @@ assert core(*example) not in float32_sums(*example).values()
 #
 # Take group 2. Its products are 6 · 6, 4 · 1.5 and 1.5 · 0.5, together 42.75. E2M1 values are multiples of
 # 1/2, so their products are multiples of 1/4, and their sum is an integer of quarters, 171. A scale is an
-# integer of eighths, its **significand**, times a power of two, its **exponent** (notebook 1). The
-# emulator's `fields` takes a code apart into these two. So the group is 171/4 · 9/8 · 8/8 = 171 · 9 · 8 ·
-# 2⁻⁸, nothing rounded. A subnormal scale has a significand below 8 and the exponent −6.
+# integer of eighths, its **significand** (8 + mantissa), times 2 to the power of its **exponent** (notebook
+# 1). The emulator's `fields` takes a code apart into these two. So the group is 171/4 · 9/8 · 8/8 = 171 · 9
+# · 8 · 2⁻⁸, nothing rounded. A subnormal scale lacks the 8 and has the exponent −6.
 
 # %%
 print("scale 1.125:", fields(scales_a[2], SCALE), "  scale 1.0:", fields(scales_b[2], SCALE))
@@ -193,10 +196,10 @@ assert bits(total // 2 * 2 * unit) == bits(core(*example))
 #
 # Where do the rules come from? They are those of MMA-Sim ([arXiv
 # 2511.10909](https://arxiv.org/abs/2511.10909), release 2.1), a model that its authors made from tests of
-# GPUs. Its rules for the fp16 instruction of Hopper GPUs have been compared with results of the hardware and
-# agree. For the NVFP4 instruction of RTX Blackwell no results are public, and nothing here has run on such a
-# GPU: the 35 bits are the model's word. [docs/emulator.md](../docs/emulator.md) says what was compared with
-# what. The emulator's numbers for both:
+# GPUs. Its rules for the MMA of Hopper GPUs for fp16, a 16-bit format, have been compared with results of
+# the hardware and agree. For the NVFP4 MMA of RTX Blackwell GPUs no results are public, and nothing here
+# has run on such a GPU: the 35 bits are the model's word. [docs/emulator.md](../docs/emulator.md) says what
+# was compared with what. The emulator's numbers for both:
 
 # %%
 for name, parameters in (("Hopper, fp16", HOPPER), ("RTX Blackwell, NVFP4", RTX_BLACKWELL)):
@@ -223,9 +226,9 @@ assert zeros == np.float32(0.8) != cancelling
 # %% [markdown]
 # ## Does it matter?
 #
-# A product of depth K is a chain of MMAs, 64 columns each: D of one is C of the next. Of four layers with
-# real inputs we compute 128 · 32 outputs and compare them with the exact sum, rounded once. The tensor
-# scales multiply at the very end, and are 1 here.
+# The product of matrices with K columns is a chain of MMAs, 64 columns each: D of one is C of the next. For
+# each of the four layers of notebook 2 we compute 128 · 32 outputs and compare them with the exact sum,
+# rounded once. The tensor scales multiply at the very end, and are 1 here.
 
 
 # %%
@@ -248,8 +251,8 @@ assert 0 < inexact < 10
 
 # %% [markdown]
 # Hardly ever: nearly all these sums, and the sums on the way, fit into 24 bits. This means that ordinary
-# data *cannot tell* a right model of the tensor core from a wrong one. To test a kernel one needs scales far
-# apart, and C far from the groups. You will make such inputs below.
+# data *cannot tell* a right model of the tensor core from a wrong one. To test a kernel one needs scales
+# far apart, and C far from the groups. You will make such inputs below.
 #
 # ## The picture
 #
@@ -258,8 +261,8 @@ assert 0 < inexact < 10
 # %%
 figure = Figure(figsize=(10.5, 4), layout="constrained")
 axes = figure.subplots()
-lanes = [*((name, i, e - f, -19) for name, (i, f, e) in zip(names, terms)), ("sum → D", total, -19, -18)]
-for y, (_, integer, last, kept_from) in enumerate(lanes):
+lines = [*((name, i, e - f, -19) for name, (i, f, e) in zip(names, terms)), ("sum → D", total, -19, -18)]
+for y, (_, integer, last, kept_from) in enumerate(lines):
     digits = f"{abs(integer):b}"
     for i, digit in enumerate(digits):
         place = last + len(digits) - 1 - i
@@ -273,7 +276,7 @@ for y, (_, integer, last, kept_from) in enumerate(lanes):
 axes.plot([-19.5, -19.5], [-0.8, 4.5], color=ORANGE, linestyle="--")
 axes.text(-19.7, -0.85, "below 2^(E − 35)", color=ORANGE, fontsize=9, va="center")
 axes.axhline(4.5, color=GREY, linewidth=0.8)
-axes.set_yticks(range(len(lanes)), [name for name, *_ in lanes])
+axes.set_yticks(range(len(lines)), [name for name, *_ in lines])
 axes.set(xlabel="n, place of the bit 2ⁿ", ylabel="term", xlim=(18.5, -25.5), ylim=(5.6, -1.2))
 axes.set_xticks(range(16, -25, -4))
 show(
@@ -321,8 +324,8 @@ def my_predict(terms):
 
 
 # %% [markdown]
-# The judge compares 3,840 outputs with the emulator's. Its inputs are of the kinds that can tell: scales far
-# apart, subnormal scales, groups that cancel, groups of zeros, and C at every distance from the largest
+# The judge compares 3,840 outputs with the emulator's. Its inputs are of the kinds that can tell: scales
+# far apart, subnormal scales, groups that cancel, groups of zeros, and C at every distance from the largest
 # exponent. (No NaN or infinity: the emulator has rules for them, too.)
 
 
@@ -358,7 +361,7 @@ def judge(predict):
                     f"got      {bits(got)}\nexpected {bits(d[i, j])}"
                 )
             n += 1
-    return f"right: all {n} inputs"
+    return f"right: all {n:,} inputs"
 
 
 print(judge(my_predict))
@@ -390,6 +393,7 @@ def answer(terms):
 for verdict in (judge_inputs(answer_inputs), judge(answer)):
     print(verdict)
     assert verdict.startswith("right")
+assert verdict == "right: all 3,840 inputs"
 
 # %% [markdown]
 # ## What to take away
@@ -397,4 +401,4 @@ for verdict in (judge_inputs(answer_inputs), judge(answer)):
 # - A tensor core adds 64 products and C at once: align to the largest exponent, keep 35 bits below it, cut,
 #   add, cut.
 # - It is neither float32 in some order nor exact, and only unusual inputs show it.
-# - Now the codes must get into its registers: [Run it on a GPU you may not have](07_run.ipynb).
+# - Next, how the codes get there: [Run it on a GPU you may not have](07_run.ipynb).

@@ -14,11 +14,10 @@
 # %% [markdown]
 # # 7. Run it on a GPU you may not have
 #
-# At the end you can say where each bit of an NVFP4 matrix lies in a GPU's memory and which thread gets it,
+# Afterwards you can say where each bit of an NVFP4 matrix lies in a GPU's memory and which thread gets it,
 # run this project's CUDA kernels on a CPU, and find a bug that a GPU may hide. No GPU is needed, but
-# NVIDIA's compiler NVRTC is; `pip` has it for Linux and Windows.
-#
-# 45 minutes, after [Add like a tensor core](06_add.ipynb).
+# NVIDIA's compiler NVRTC is; `pip` has it for Linux and Windows. 45 minutes. Before: [4, Quantize the error
+# too](04_augment.ipynb), and [6, Add like a tensor core](06_add.ipynb).
 
 # %%
 import importlib.util
@@ -26,7 +25,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("arcquant_ref") is None:  # in Colab: clone the repository, or open its folder
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "..[tutorials]"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..[tutorials]"], check=True)
 
 import re
 import tempfile
@@ -63,8 +62,8 @@ assert [word >> 4 * i & 0xF for i in range(8)] == codes[0].tolist()
 
 # %% [markdown]
 # The first of two codes is in the low four bits. A byte is printed with its high bits first, so 1, 2 is
-# `0x21`. Read as one 32-bit number, code i = 0 … 7 stands in bits 4i … 4i + 3. A *register* of a GPU has 32
-# bits: it holds eight codes.
+# `0x21`. Read as one 32-bit number, code i = 0 … 7 stands in bits 4i … 4i + 3. A **register** of a GPU has
+# 32 bits: it holds eight codes.
 
 # %% [markdown]
 # ## Scales lie in tiles
@@ -84,10 +83,10 @@ assert tile[:16].tolist() == [0] * 4 + [32] * 4 + [64] * 4 + [96] * 4
 
 # %% [markdown]
 # Four neighbouring bytes are the four scales of one row. A line of 16 bytes holds rows r, r + 32, r + 64
-# and r + 96, and the next line those of r + 1. This order is called *swizzled* (cuBLAS documentation, "1D
+# and r + 96, and the next line those of r + 1. This order is called **swizzled** (cuBLAS documentation, "1D
 # Block Scaling Factors Layout").
 #
-# 128 rows by 4 scales are one *tile* of 512 bytes. A larger matrix has several: first those next to each
+# 128 rows by 4 scales are one **tile** of 512 bytes. A larger matrix has several: first those next to each
 # other along K, then those of the next 128 rows. With the number of its tile as every scale:
 
 # %%
@@ -100,8 +99,8 @@ print("tiles, as they lie in memory:    ", *swizzled[::512])
 assert (swizzled == np.repeat(np.arange(6), 512)).all()
 
 # %% [markdown]
-# A matrix that ends inside a tile is filled up with zeros. Here is a real one: the inputs of a layer of
-# SmolLM2-135M, 32 tokens, with residual channels as in notebook [4](04_augment.ipynb).
+# A matrix that ends inside a tile is filled up with zeros. Here is a real one: the activations of a layer
+# of SmolLM2-135M, 32 tokens, with residual channels as in notebook [4](04_augment.ipynb).
 
 # %%
 layer = load_sample()[0]
@@ -120,13 +119,12 @@ assert (layout.unswizzle_128x4(buffer, a.block_scales.shape) == a.block_scales).
 # %% [markdown]
 # ## Who holds what
 #
-# A GPU runs *threads*. 32 of them form a *warp* and run every instruction together; a thread's place in its
-# warp, 0 … 31, is its *lane*. Each lane has registers of its own.
+# A GPU runs **threads**. 32 of them form a **warp** and run every instruction together; a thread's place in
+# its warp, 0 … 31, is its **lane**. Each lane has registers of its own.
 #
-# The instruction of notebook [6](06_add.ipynb), one step of a tensor core, is D = A Bᵀ + C with A (16, 64)
-# and B (8, 64) in codes; its name is `mma.m16n8k64`, for 16 rows, 8 columns and 64 along K. A whole warp
-# runs it, and the operands lie in the registers of its 32 lanes, in equal parts. What one lane holds is a
-# *fragment*:
+# The MMA of notebook [6](06_add.ipynb) is D = A Bᵀ + C with A (16, 64) and B (8, 64) in codes. In short it
+# is called `mma.m16n8k64`, for 16 rows and 8 columns of D, and 64 along K. A whole warp runs it, and the
+# operands lie in the registers of its 32 lanes, in equal parts. What one lane holds is a **fragment**:
 
 # %%
 for name, elements, width in (("A", 16 * 64, 4), ("B", 8 * 64, 4), ("C and D", 16 * 8, 32)):
@@ -153,7 +151,7 @@ assert lane[1, 8] == lane[9, 8] == 5
 # 7 and the same 32 further (PTX ISA, "Matrix fragments for mma.m16n8k64").
 #
 # So both layouts have a reason. A register of A is eight neighbours of a row: one 32-bit number of the
-# packed codes. And 64 along K are four blocks, so a row has four scales in a step: again one register, four
+# packed codes. And 64 along K are four blocks, so a row has four scales in an MMA: again one register, four
 # neighbouring bytes of a swizzled tile. Codes and scales go from memory to the instruction without any
 # arithmetic on them.
 
@@ -170,7 +168,7 @@ show(
 )
 
 # %% [markdown]
-# Who holds A and its scales in the step; 9.1 is register 1 of lane 9:
+# Who holds A and its scales in the MMA; 9.1 is register 1 of lane 9:
 
 # %%
 figure = Figure(figsize=(9.5, 4.6), layout="constrained")
@@ -191,13 +189,13 @@ show(
 # %% [markdown]
 # ## From CUDA to PTX
 #
-# A *kernel* is a function that many threads run at once, each with a number of its own, `threadIdx.x`.
-# Threads come in *thread blocks* (not to be confused with blocks of sixteen numbers). Those of one thread
-# block have a *shared memory* in common, and they can wait for each other: `__syncthreads()` is a
-# *barrier*, which no thread passes before all have come. In this kernel each of 64 threads puts its number
-# into a box and takes out the one at the other end:
+# A **kernel** is a function that many threads run at once, each with a number of its own, `threadIdx.x`.
+# Threads come in **thread blocks** (not to be confused with blocks of sixteen numbers). Those of one thread
+# block have a **shared memory** in common, and they can wait for each other: `__syncthreads()` is a
+# **barrier**, which no thread passes before all have come. In this kernel each of 64 threads puts its
+# number into a box and takes out the one at the other end:
 
-# %%
+# %% tags=["varies"]
 BACKWARDS = """
 extern "C" __global__ void backwards(int *to) {
     __shared__ int box[64];
@@ -215,11 +213,11 @@ print(re.sub(r"\n\s*\.loc.*|\n(?=\n)", "", body))
 assert "bar.sync" in body
 
 # %% [markdown]
-# This is *PTX*, the instruction language that NVIDIA documents, as NVRTC makes it from CUDA C++ for one
+# This is **PTX**, the instruction language that NVIDIA documents, as NVRTC makes it from CUDA C++ for one
 # kind of GPU (`80`, also written sm_80, is the A100's). `st.shared` stores to shared memory, `ld.shared`
 # loads from it, `bar.sync` is the barrier. NVIDIA's driver would translate it to machine code. We go
-# another way: `emulator.ptx`, the *interpreter*, reads this text and does what it says, for all threads, on
-# the CPU.
+# another way: `emulator.ptx`, the **interpreter**, reads this text and does what it says, for all threads,
+# on the CPU.
 
 # %%
 memory = ptx.Memory()
@@ -235,9 +233,9 @@ assert (got == np.arange(64)[::-1]).all()
 #
 # `gpu/cuda` holds the CUDA sources that run on real GPUs. `Interpreted` runs their PTX here, and `Face`
 # gives it the functions that you know from `arcquant_ref`. We do so for two kinds of GPU: sm_120a, RTX
-# Blackwell, which has the NVFP4 instruction, and sm_80, which has not and makes the same bits with an
-# instruction for fp16 numbers. Both augment x and multiply by the weights. The bytes must be the
-# reference's, and the product's bits the emulator's.
+# Blackwell, which has the NVFP4 MMA, and sm_80, which has none and makes the same bits with the MMA for
+# fp16, a 16-bit format. Both augment x and multiply by the weights. The bytes must be those of
+# `arcquant_ref`, and the product's bits those of `emulator`.
 
 # %%
 expected = emulator.matmul(a, b)
@@ -259,16 +257,15 @@ for target, source in (("80", "gemm_portable"), ("120a", "gemm_native")):
     assert codes_differ == scales_differ == differ == 0
 
 # %% [markdown]
-# Two instructions, the same bits. The interpreter takes its tensor core from the emulator: it is the one of
+# Two MMAs, the same bits. The interpreter takes its tensor core from the emulator: it is the one of
 # notebook [6](06_add.ipynb). So it cannot tell what a Blackwell GPU really does ([what ran
-# where](../docs/kernels.md#what-ran-where)). It tells whether a kernel does what it should, given that
-# instruction.
+# where](../docs/kernels.md#what-ran-where)). It tells whether a kernel does what it should, given that MMA.
 
 # %% [markdown]
 # ## Two ways to be wrong
 #
-# A kernel can be wrong in its bytes. Let us give the instruction registers 1 and 2 of A in the wrong order,
-# so that lane 5 passes its part of row 1 for one of row 9:
+# A kernel can be wrong in its bytes. We give the MMA registers 1 and 2 of A in the wrong order, so that
+# lane 5 passes its part of row 1 for one of row 9:
 
 # %%
 SOURCES = {path.name: path.read_text() for path in load.SOURCES.glob("*.cu*")}
@@ -285,11 +282,11 @@ assert differ > 0
 # Nothing stops such a kernel: all reads and writes are allowed. Only a comparison with known bits shows it.
 #
 # A kernel can also be wrong in its order. Without its barrier, a thread of `backwards` may read the other
-# end of the box before the thread there has put anything in. That is a *race*: what comes out depends on
+# end of the box before the thread there has put anything in. That is a **race**: what comes out depends on
 # who is first. On a GPU the right numbers may come out all the same, until they do not. The interpreter
 # notes for every byte of shared memory who touched it since the last barrier, and stops:
 
-# %%
+# %% tags=["varies"]
 no_barrier = {"backwards.cu": BACKWARDS.replace("    __syncthreads();\n", "")}
 try:
     racing = load.compile_text("backwards", no_barrier, "80", folder).ptx
@@ -305,6 +302,7 @@ assert "thread (63, 0, 0) of its block wrote byte 0 of it, and no barrier lies i
 # %% [markdown]
 # It names the kernel, the line of the PTX, the line of the CUDA source, the instruction, and both threads:
 # the one that reads and the one that wrote. (Registers and lines of PTX depend on the version of NVRTC.)
+# What it stops at is a **finding**. There are four:
 #
 # | finding | what it is |
 # | --- | --- |
@@ -318,8 +316,8 @@ assert "thread (63, 0, 0) of its block wrote byte 0 of it, and no barrier lies i
 #
 # **Write the swizzle.** `offset(row, s, tiles)` is the byte at which the scale of this row and block lies,
 # in a matrix that is `tiles` tiles wide. All you need is in the first picture and in what was said about
-# larger matrices. The stub lays the scales out row by row. A layout must be a *bijection*, every byte used
-# exactly once; the stub is one, and still wrong.
+# larger matrices. The stub lays the scales out row by row. A layout must be a **bijection**, every byte
+# used exactly once; the stub is one, and still wrong.
 
 
 # %%
@@ -336,18 +334,15 @@ def judge(offset, rows=256, tiles=3):
     numbers = plots.swizzled(rows, 4 * tiles)  # of the scale at each byte, by arcquant_ref.layout
     inputs = [divmod(number, 4 * tiles) for number in range(len(numbers))]
     got = [offset(row, s, tiles) for row, s in inputs]
-    print(f"each of {len(numbers)} bytes hit exactly once:", set(got) == set(range(len(numbers))))
+    print(f"each of {len(numbers):,} bytes hit exactly once:", set(got) == set(range(len(numbers))))
     for (row, s), byte, right in zip(inputs, got, np.argsort(numbers).tolist()):
         if byte != right:
-            print(
-                f"not yet: first wrong input row {row}, s {s}: got {in_bits(byte)}, expected {in_bits(right)}"
-            )
-            return False
-    print(f"right: all {len(numbers)} inputs")
-    return True
+            got, expected = in_bits(byte), in_bits(right)
+            return f"not yet: first wrong input row {row}, s {s}: got {got}, expected {expected}"
+    return f"right: all {len(numbers):,} inputs"
 
 
-_ = judge(offset)
+print(judge(offset))
 
 # %% [markdown]
 # ### An answer
@@ -359,7 +354,9 @@ def answer(row, s, tiles):
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + s % 4
 
 
-assert judge(answer)
+verdict = judge(answer)
+print(verdict)
+assert verdict == "right: all 3,072 inputs"
 for name, row, s in (("row 1", 1, 0), ("row 32", 32, 0), ("block 1", 0, 1)):
     print(f"{name:7} lies at byte {answer(row, s, 3):2} = 0b{answer(row, s, 3):09b}")
 for row in range(128):
@@ -374,8 +371,8 @@ for row in range(128):
 # **Plant a race.** The kernels of `augment.cu` augment activations. The threads of a thread block copy a
 # row of x into shared memory, each a part of it, and wait for their own copies (`cp_async_wait`); then each
 # gathers the sixteen channels of a block, which any thread may have copied. One kernel, with `rmsnorm` in
-# its name, normalizes the row in between, and for that the threads add up the squares together. Here are
-# their barriers, with what stands before and after:
+# its name, divides the row by the root of the mean of its squares in between, and for that the threads add
+# up the squares together. Here are their barriers, with what stands before and after:
 
 # %%
 AUGMENT = SOURCES["augment.cu"]
@@ -412,25 +409,25 @@ def judge_race(plant):
     source = plant(AUGMENT)
     error = found(source)
     if isinstance(error, ptx.Race):
-        print(f"right: a race, and it is caught\n{error}")
-        return True
-    print(f"not yet: {source.count(BARRIER)} of {len(barriers)} barriers are there; the finding is {error}")
-    return False
+        return f"right: a race, and it is caught\n{error}"
+    there = f"{source.count(BARRIER)} of {len(barriers)} barriers are there"
+    return f"not yet: {there}; got the finding {error}, expected a race"
 
 
-_ = judge_race(plant)
+print(judge_race(plant))
 
 # %% [markdown]
 # ### An answer
 
 
-# %% tags=["answer"] jupyter={"source_hidden": true}
+# %% tags=["answer", "varies"] jupyter={"source_hidden": true}
 def without_line(number):
     return "\n".join(lines[1:number] + lines[number + 1 :])
 
 
-assert judge_race(lambda source: without_line(barriers[0]))
-print()
+verdict = judge_race(lambda source: without_line(barriers[0]))
+print(verdict, end="\n\n")
+assert verdict.startswith("right: a race")
 for number in barriers:
     race = found(without_line(number))
     assert isinstance(race, ptx.Race)
@@ -448,4 +445,4 @@ for number in barriers:
 # - Packed codes and swizzled scales lie as a warp's registers want them: eight codes or four scales each.
 # - A kernel's PTX runs without a GPU: bits are compared, order is watched. Speed, and what silicon adds, it
 #   cannot tell.
-# - Next: [8](08_quantize.ipynb), a real language model.
+# - Next: [Quantize a real language model](08_quantize.ipynb).
