@@ -198,11 +198,10 @@ def compare(
         before, of = changed[way]
         key = *way, scheme.weights, scheme.residuals
 
-        def plans(scheme: Scheme = scheme, of: list[Layer] = of, key: tuple = key) -> list[list[Plan]]:
+        def plans(scheme: Scheme = scheme, of: Any = of, before: Any = before, key: Any = key) -> Any:
             if key not in planned:
-                planned[key] = [
-                    plans_of(scheme, layer) for layer in tqdm(of, "plans", leave=False, disable=None)
-                ]
+                each = tqdm(list(zip(of, before)), "plans", leave=False, disable=None)
+                planned[key] = [plans_of(scheme, layer, b) for layer, b in each]
             return planned[key]
 
         chosen = selections(scheme, of, plans)
@@ -212,6 +211,7 @@ def compare(
         }
         summary = _summary(scheme, layers, ready)
         comparison.add(scheme, {t: losses(model, evaluation[t], ready) for t in missing}, summary)
+        ready.clear()  # before the next weights are made
 
 
 def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], list[Layer]]:
