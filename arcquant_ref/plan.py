@@ -100,6 +100,7 @@ def plan(order: NDArray[np.int64], activation: Float64, weight: Float64) -> Plan
     are not (K, K), TypeError or ValueError for an order that is no permutation.
     """
     order = checks.channel_order(order)
+    checks.multiple_of("K", len(order), BLOCK)
     for name, energy in (("activation", activation), ("weight", weight)):
         checks.same_shape(name, energy.shape, "order × order", (len(order), len(order)))
     sides = _Side(activation), _Side(weight)
@@ -161,9 +162,11 @@ def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) 
     def choose(price: float) -> list[tuple[int, int]]:
         chosen = []
         for layer, cost in zip(remaining, costs):
-            best = [(r + price * cost * np.arange(len(r))).argmin() for r in layer]
-            of = int(np.argmin([r[n] + price * cost * n for r, n in zip(layer, best)]))
-            chosen.append((of, int(best[of])))
+            totals = [r + price * cost * np.arange(len(r)) for r in layer]
+            _, steps, of = min(
+                (t.min(), int(t.argmin()), i) for i, t in enumerate(totals)
+            )  # of equals the first
+            chosen.append((of, steps))
         return chosen
 
     def spent(chosen: list[tuple[int, int]]) -> int:
