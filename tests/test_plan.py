@@ -182,8 +182,8 @@ def test_the_best_pair_by_trying_all(side_of_pairs, seed):
 
 
 def test_a_best_pair_that_a_plan_does_not_see(side_of_pairs):
-    """Channels 0 and 1 err alike, 4 together. Each alone removes 3 of it, more than 2 or 3, which err by 2.25:
-    both are chosen and remove 4, where 0 and 2 would remove 5.25. The gain that is stated is the true one."""
+    """Channels 0 and 1 err alike, 4 together. Each alone removes 3 of it, more than 2 or 3, which err by
+    2.25: both are chosen and remove 4, where 0 and 2 would remove 5.25. The gain that is stated is the true one."""
     x = np.array([[1.0, 1.0, 0, 0], [0, 0, 1.5, 0], [0, 0, 0, 1.5]])
     side = side_of_pairs(x.T @ x)
     gain, positions = side.best_channels()
@@ -345,18 +345,20 @@ def test_a_share_is_the_best_that_a_price_can_say(layer):
     for choice in all_choices(layers):
         c = spent(choice, costs)
         least[c] = min(least.get(c, np.inf), remains(choice, layers))
-    on_hull = [
-        b
-        for b, left in least.items()
-        if not any(a < b and least[a] <= left for a in least)
-        and not any(
-            a < b < c and least[a] * (c - b) + least[c] * (b - a) <= left * (c - a)
+    useful = [b for b, left in least.items() if not any(a < b and least[a] <= left for a in least)]
+
+    def above_chord(b, strictly):
+        """Is b above, or also on, a line between two cheaper and dearer choices?"""
+        return any(
+            (least[a] * (c - b) + least[c] * (b - a), strictly) < (least[b] * (c - a), True)
             for a in least
             for c in least
+            if a < b < c
         )
-    ]
-    assert cost in on_hull
-    assert cost == max(b for b in on_hull if b <= budget)
+
+    assert cost in useful
+    assert not above_chord(cost, strictly=True)
+    assert cost >= max(b for b in useful if b <= budget and not above_chord(b, strictly=False))
 
 
 def test_of_equal_plans_the_cheapest():
