@@ -42,8 +42,7 @@ def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NV
     blocks = x.reshape(len(x), -1, BLOCK)
     amax = np.abs(blocks).max(axis=-1)
     with np.errstate(over="ignore", under="ignore"):  # the order of these operations is normative
-        v = amax / F32(E2M1.max) / scale
-        block_scales = encode(E4M3, np.clip(v, F32(E4M3.least_positive), F32(E4M3.max)))
+        block_scales = _scale_codes(amax / F32(E2M1.max) / scale)
         step = decode(E4M3, block_scales) * scale  # never zero: the least block scale is floored
         codes = encode(E2M1, blocks / step[..., None]).reshape(x.shape)
     return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)

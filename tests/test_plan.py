@@ -183,7 +183,7 @@ def test_the_best_pair_by_trying_all(side_of_pairs, seed):
 
 def test_a_best_pair_that_a_plan_does_not_see(side_of_pairs):
     """Channels 0 and 1 err alike, 4 together. Each alone removes 3 of it, more than 2 or 3, which err by
-    2.25: both are chosen and remove 4, where 0 and 2 would remove 5.25. The gain that is stated is the true one."""
+    2.25: both are chosen and remove 4, where 0 and 2 would remove 5.25. The stated gain is the true one."""
     x = np.array([[1.0, 1.0, 0, 0], [0, 0, 1.5, 0], [0, 0, 0, 1.5]])
     side = side_of_pairs(x.T @ x)
     gain, positions = side.best_channels()
@@ -349,12 +349,9 @@ def test_a_share_is_the_best_that_a_price_can_say(layer):
 
     def above_chord(b, strictly):
         """Is b above, or also on, a line between two cheaper and dearer choices?"""
-        return any(
-            (least[a] * (c - b) + least[c] * (b - a), strictly) < (least[b] * (c - a), True)
-            for a in least
-            for c in least
-            if a < b < c
-        )
+        lines = [(a, c) for a in least for c in least if a < b < c]
+        gaps = [least[b] * (c - a) - least[a] * (c - b) - least[c] * (b - a) for a, c in lines]
+        return any(gap > 0 or (gap == 0 and not strictly) for gap in gaps)
 
     assert cost in useful
     assert not above_chord(cost, strictly=True)
