@@ -240,7 +240,6 @@ PLAN_MUTANTS = [
     ("plan", PLAN, ".sum(axis=1) - self.inside", ".sum(axis=1)"),  # a block without its pairs
     ("plan", PLAN, "self.sums -= self.energy[:, positions].sum(axis=1)", "pass"),
     ("plan", PLAN, "offers[1][0] > offers[0][0]", "offers[1][0] < offers[0][0]"),  # the worse side
-    ("plan", PLAN, "if gain <= 0:", "if gain < -1:"),
     ("plan", PLAN, 'kind="stable")[-BLOCK:]', 'kind="stable")[:BLOCK]'),  # the worst channels
     ("plan", PLAN, 'chosen["activation"][::-1]', 'chosen["activation"]'),
     ("plan", PLAN, "sum(cost * steps for", "sum(steps for"),  # cost ignored
