@@ -202,10 +202,8 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
     }
 }
 
-// Thread blocks at once: with 80 registers a thread three, where ptxas manages that without spilling.
-#define AT_ONCE(M) (M == 8 && __CUDA_ARCH__ < 1000 ? 3 : 2)
 #define SMALL(M)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, AT_ONCE(M))                                     \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)                                              \
         gemm_small_##M(const u8 *a_codes, const u8 *a_scales, const float *a_tensor_scale,                   \
                        const u8 *b_codes, const u8 *b_scales, const float *b_tensor_scale, int m, int n,     \
                        int k, float *y) {                                                                    \
