@@ -381,6 +381,20 @@ def test_energy_without_a_selection_is_heard():
     assert (certificate.tightness <= 1).all()
 
 
+def test_a_second_place_has_no_residual_of_activations():
+    """It errs by as much as a first one without: x is a worst block, and the error of w in its first place
+    has the sign of ŵ, so that nearly all of the bound is used up."""
+    x, w, channels = np.zeros((1, 32)), np.zeros((2, 32)), np.arange(32)
+    x[0, :2] = prove.worst_block("NVFP4")
+    w[0, 1], w[1] = np.nextafter(np.float32(6 * 1.0625), np.float32(0)), 2688  # 6 + 6/16; tensor scale 1
+    selection = Selection(
+        order=channels, num_residual=16, channel_amax=np.ones(32), weight_channels=channels[:16]
+    )
+    certificate = bounds.certify(x, w, selection, 1)
+    assert 0.9999 < certificate.tightness[0, 0] <= 1
+    assert 0 < certificate.weight[0, 0] < 1e-5 * certificate.activation[0, 0]
+
+
 def without_weight_residuals(b: NVFP4Tensor, again: slice) -> NVFP4Tensor:
     codes = b.codes.copy()
     codes[:, again] = 0
