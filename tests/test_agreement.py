@@ -202,7 +202,7 @@ def test_same_bytes_where_the_block_scale_changes(tensor_scale):
 @pytest.mark.parametrize("tensor_scale", [0.0007, 1 / 3, 1.7808476686477661, 2.0**-126 * 1.1])
 @pytest.mark.parametrize("steps", [8, 3.5])
 def test_same_bytes_where_a_search_begins_or_ends(tensor_scale, steps):
-    """The same for the first and the last scale; without energy, or with the best one outside, it is taken."""
+    """The same for the first and the last scale; without energy the first one is taken."""
     thresholds = (steps * E4M3.midpoints * np.float32(tensor_scale)).astype(np.float32)
     amax = np.unique(neighbours(neighbours(thresholds)))
     x = np.repeat(amax[:, None], BLOCK, axis=1)
