@@ -199,6 +199,22 @@ def test_same_bytes_where_the_block_scale_changes(tensor_scale):
     assert_same_tensor(emulator.quantize(x, tensor_scale), arcquant_ref.quantize(x, tensor_scale))
 
 
+@pytest.mark.parametrize("tensor_scale", [0.0007, 1 / 3, 1.7808476686477661, 2.0**-126 * 1.1])
+@pytest.mark.parametrize("steps", [8, 3.5])
+def test_same_bytes_where_a_search_begins_or_ends(tensor_scale, steps):
+    """The same for the first and the last scale; without energy the first one is taken."""
+    thresholds = (steps * E4M3.midpoints * np.float32(tensor_scale)).astype(np.float32)
+    amax = np.unique(neighbours(neighbours(thresholds)))
+    x = np.repeat(amax[:, None], BLOCK, axis=1)
+    for fraction in (1 / 16, 2 / 7, 3 / 7, 0.99):
+        x[:, 1:] = amax[:, None] * np.float32(fraction)
+        for energy in (np.zeros(BLOCK), 1.0 * (np.arange(BLOCK) > 0)):
+            assert_same_tensor(
+                emulator.quantize_weighted(x, energy, tensor_scale),
+                arcquant_ref.quantize_weighted(x, energy, tensor_scale),
+            )
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129])
 @pytest.mark.parametrize("k", [16, 48, 1040])
 def test_same_bytes_for_ragged_shapes(rows, k):

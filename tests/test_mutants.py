@@ -146,7 +146,7 @@ BOUNDS_MUTANTS = [  # that only the emulator, or the proof, can tell
         "(selection.K - selection.num_residual) // BLOCK",
     ),  # a weight channel's second place promised a residual
     ("bounds", BOUNDS, "remaining[:, repaired] -= w_hat[:, again]", "pass"),
-    ("bounds", BOUNDS, "columns[:, again] = w_hat[:, again]", "pass"),
+    ("bounds", BOUNDS, "columns[:, again] = w_hat[:, again]", "columns[:, again] = 0"),
     ("bounds", BOUNDS, "quantize(w) if energy is None else quantize_weighted(w, energy)", "quantize(w)"),
     ("bounds", BOUNDS, "(true == got) | np.isinf(bound)", "true == got"),  # no bound is a violation
     ("bounds", BOUNDS, "np.where(unbounded, -1, ratio)", "ratio"),  # and may be called the worst
