@@ -314,9 +314,9 @@ assert [step.side for step in toy.steps[:2]] == ["activation", "weight"]
 assert found[2] < found[1] / 8 < found[0] / 15
 
 # %% [markdown]
-# The first 16 columns halve the error, and the next 16, on the other side, remove nearly nine tenths of the rest.
-# (Measured is a little more than planned, since a residual has an error too, which the plan leaves out; and
-# the two sums above are not quite independent.)
+# The first 16 columns halve the error, and the next 16, on the other side, remove nearly nine tenths of what
+# is left. (Measured is a little more than planned, since a residual has an error too, which the plan leaves
+# out; and the two sums above are not quite independent.)
 #
 # For the model, the squares are also weighted by how much the loss depends on an output, which calibration
 # has found by its gradient. And a plan tries three orders of the channels: as they come, the 16 of largest
