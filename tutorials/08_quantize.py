@@ -60,7 +60,7 @@ for p, token in zip(three.values.tolist(), three.indices.tolist()):
 assert model.tokenizer.decode([int(three.indices[0])]) == " Paris"
 
 # %% [markdown]
-# If the next token is the first of these, then −ln p of it is the model's **loss** at this place: 0 for a
+# Whatever token comes next in the text, −ln p of it is the model's **loss** at this place: 0 for a
 # prediction that was certain and right, and the more the less likely it had called what came. With the
 # natural logarithm its unit is the **nat**. The loss of a text is the mean over its tokens, and e to the
 # power of it is the **perplexity**: a model that only knows that the next token is one of n, each as likely
@@ -73,9 +73,8 @@ assert round(np.exp(-np.log(guess).mean()), 6) == 50
 
 # %% [markdown]
 # The text is English Wikipedia. It has three parts that share no article: one to **calibrate** on, one to
-# choose between methods, and one to measure the chosen ones. On the text by which one
-# chose, the chosen looks better than it is. We read in **windows** of 256 tokens, each without what stands
-# before it.
+# choose between methods, and one to measure the chosen ones. On the text by which one chose, the chosen
+# looks better than it is. We read in **windows** of 256 tokens, each without what stands before it.
 
 # %%
 LENGTH = 256
@@ -89,8 +88,8 @@ print(f"all {evaluation.size} tokens: {full.mean():.2f} nats, perplexity {np.exp
 assert np.ptp(full) > 0.5
 
 # %% [markdown]
-# That is the model in **full precision**, float32. (The file that we have was rounded once by those who
-# made it, to Q4_1, another 4-bit format. What it decodes to is our full precision.)
+# That is the model in **full precision**, float32. (The weights in our file were rounded before it was
+# published, to Q4_1, another 4-bit format. What they decode to is our full precision.)
 #
 # ## 120 products
 #
