@@ -122,7 +122,7 @@ def _error_against_s(axes: Axes, layer: Layer) -> None:
 def model_figure(results: dict[str, Any]) -> Figure:
     """Loss above float32 against the product's width, one panel a text, with paired standard errors."""
     names = list(results["texts"])
-    figure = Figure(figsize=(1 + 5 * len(names), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(8, 1 + 4.5 * len(names)), 5.4), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, text in zip(panels, names):
         _width_curves(axes, results["schemes"], text)
@@ -132,8 +132,8 @@ def model_figure(results: dict[str, Any]) -> Figure:
         )
     panels[0].set_ylabel("loss above float32 (nats per token)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("What extra columns buy: the paper's selection, and residuals planned on both sides")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle("What extra columns buy: largest amax first, or planned on both sides")
     return figure
 
 
