@@ -21,23 +21,9 @@ from . import texts
 from .formats import Float32, Float64
 from .model import WEIGHTS, Llama, find_weights
 from .model_results import FULL_PRECISION, Comparison, fingerprint
+from .moe import MixtureOfExperts
 from .plan import Plan
-from .schemes import BITS, Layer, Quantized, Scheme, plans_of, quantized, selections, transformed
-
-SITES = {  # linear layers that read one input are one product: X' is made once
-    "attn_in": ("attn_q", "attn_k", "attn_v"),
-    "attn_out": ("attn_output",),
-    "ffn_in": ("ffn_gate", "ffn_up"),
-    "ffn_down": ("ffn_down",),
-}
-
-
-def sites(model: Llama) -> dict[str, list[str]]:
-    """Site → the linear layers there, in the order of their rows."""
-    blocks = range(int(model.field("block_count")))
-    return {
-        f"blk.{i}.{site}": [f"blk.{i}.{n}" for n in names] for i in blocks for site, names in SITES.items()
-    }
+from .schemes import BITS, Layer, Quantized, Scheme, loads, plans_of, quantized, selections, transformed
 
 
 def stacked(model: Llama, names: Sequence[str]) -> Float32:
@@ -45,8 +31,12 @@ def stacked(model: Llama, names: Sequence[str]) -> Float32:
 
 
 def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
-    """What the layers of all sites see over (count, length) windows, and how the loss depends on them."""
-    where = sites(model)
+    """What the layers of all sites see over (count, length) windows, and how the loss depends on them.
+
+    An expert sees the tokens routed to it. One that sees none has no rows, amax 0, and energy 1 everywhere:
+    searched scales weigh its channels alike.
+    """
+    where = model.sites()
     seen: dict[str, list[Tensor]] = {site: [] for site in where}
     squares = {
         site: torch.zeros(sum(len(model.weights[f"{n}.weight"]) for n in names))
@@ -56,26 +46,45 @@ def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
     for window in tqdm(windows, "calibration", disable=None):
         inputs, gradients = _backward(model, torch.from_numpy(window))
         for site, names in where.items():
+            if names[0] not in inputs:
+                continue
             squared = torch.cat([gradients[name] ** 2 for name in names], dim=1)
             seen[site].append(inputs[names[0]].half())
             squares[site] += squared.sum(dim=0)
             tokens[site].append(squared.sum(dim=1))
     layers = []
     for site, names in where.items():
+        weights = stacked(model, names)
+        if not seen[site]:
+            layers.append(_unseen(site, weights))
+            continue
         x, importance = torch.cat(seen.pop(site)), torch.cat(tokens[site])
         wide = x.float()
         layers.append(
             Layer(
                 name=site,
                 x=x.numpy(),
-                weights=stacked(model, names),
+                weights=weights,
                 channel_amax=wide.abs().amax(dim=0).numpy(),
                 energy=(wide.double() ** 2).mean(dim=0).numpy(),
                 tokens=(importance / importance.mean()).numpy(),
-                outputs=(squares[site] / len(x)).numpy(),
+                outputs=(squares[site] / windows.size).numpy(),
             )
         )
     return layers
+
+
+def _unseen(site: str, weights: Float32) -> Layer:
+    n, k = weights.shape
+    return Layer(
+        name=site,
+        x=np.zeros((0, k), np.float16),
+        weights=weights,
+        channel_amax=np.zeros(k, np.float32),
+        energy=np.ones(k),
+        tokens=np.zeros(0, np.float32),
+        outputs=np.zeros(n, np.float32),
+    )
 
 
 def _backward(model: Llama, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -106,10 +115,10 @@ def observed(model: Llama, linear: Callable[[str, Tensor, Tensor], Tensor]) -> I
 
 def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized] | None = None) -> Float64:
     """Mean loss of each (length,) window, with these layers quantized; (count,) float64."""
-    where = {n: (site, i) for site, names in sites(model).items() for i, n in enumerate(names)}
+    where = {n: (site, i) for site, names in model.sites().items() for i, n in enumerate(names)}
     parts: dict[str, list[Tensor]] = {}
     layers = layers or {}
-    for site, names in sites(model).items() if layers else ():
+    for site, names in model.sites().items() if layers else ():
         rows = [len(model.weights[f"{name}.weight"]) for name in names]
         parts[site] = list(torch.from_numpy(layers[site].weights).split(rows))
     made: dict[str, Any] = {"x": None}
@@ -141,9 +150,17 @@ class Reading:
     part: str = "evaluation"
 
 
+def opened(path: Path | None) -> Llama:
+    """The model of a GGUF file, of a folder, or of `arcquant moe -o`, a single *.safetensors; SmolLM2 for
+    None."""
+    if path is not None and path.is_file() and path.suffix == ".safetensors":
+        return MixtureOfExperts.load(path)
+    return Llama(path or find_weights())
+
+
 def run(reading: Reading, schemes: Sequence[Scheme], path: Path) -> dict[str, Any]:
     """Evaluate what the file at `path` does not hold yet; returns all it holds then."""
-    model = Llama(reading.model or find_weights())
+    model = opened(reading.model)
     count = reading.calibration_windows
     calibration = texts.windows(reading.calibration, model.encode, count, reading.length, "calibration")
     evaluation = {
@@ -155,6 +172,8 @@ def run(reading: Reading, schemes: Sequence[Scheme], path: Path) -> dict[str, An
         "calibration": f"{reading.calibration}, {count} x {reading.length} tokens",
         "calibration tokens": fingerprint(calibration),
     }
+    if isinstance(model, MixtureOfExperts):  # trained by the user: the name says little
+        settings["weights"] = model.fingerprint()
     described = {
         name: {
             "windows": len(w),
@@ -205,13 +224,19 @@ def compare(
                 ]
             return planned[key]
 
-        chosen = selections(scheme, of, plans)
-        ready = {
-            layer.name: quantized(scheme, layer, b, selection)
-            for layer, b, selection in zip(of, before, chosen)
-        }
+        ready = prepared(scheme, before, of, plans)
         summary = _summary(scheme, layers, ready)
         comparison.add(scheme, {t: losses(model, evaluation[t], ready) for t in missing}, summary)
+
+
+def prepared(
+    scheme: Scheme, before: list[Callable], of: list[Layer], plans: Callable[[], list[list[Plan]]]
+) -> dict[str, Quantized]:
+    """All layers, already transformed, under this scheme."""
+    chosen = selections(scheme, of, plans)
+    return {
+        layer.name: quantized(scheme, layer, b, selection) for layer, b, selection in zip(of, before, chosen)
+    }
 
 
 def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], list[Layer]]:
@@ -219,16 +244,14 @@ def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], li
 
 
 def _summary(scheme: Scheme, layers: list[Layer], ready: dict[str, Quantized]) -> dict[str, Any]:
-    """K'/K weighted by the size of the products, bits of a stored activation and weight; and of each layer S,
-    S_w and the output error on 256 calibration tokens."""
-    rows, wide, plain, stored, channels = [], 0, 0, 0, 0
-    for layer in layers:
+    """K'/K weighted by the products of the calibration tokens, bits of a stored activation and weight; of
+    each layer S, S_w and the output error on 256 calibration tokens; how many layers saw none, if any."""
+    rows, wide, plain, stored, channels, repeated, kept = [], 0.0, 0.0, 0.0, 0.0, 0, 0
+    for layer, load in zip(layers, loads(layers)):
         q, (n, k) = ready[layer.name], layer.weights.shape
-        x = layer.x[:: max(1, len(layer.x) // 256)].astype(np.float32)
-        y = x @ layer.weights.T
-        error = np.linalg.norm(y - q.activations(x) @ q.weights.T, axis=1) / np.linalg.norm(y, axis=1)
-        wide, plain = wide + n * q.selection.augmented_K, plain + n * k
-        stored, channels = stored + q.selection.augmented_K, channels + k
+        wide, plain = wide + load * n * q.selection.augmented_K, plain + load * n * k
+        stored, channels = stored + load * q.selection.augmented_K, channels + load * k
+        repeated, kept = repeated + n * q.selection.augmented_K, kept + n * k
         rows.append(
             {
                 "layer": layer.name,
@@ -236,8 +259,18 @@ def _summary(scheme: Scheme, layers: list[Layer], ready: dict[str, Quantized]) -
                 "N": n,
                 "activation_residuals": q.selection.num_residual,
                 "weight_residuals": len(q.selection.weight_channels),
-                "output_error": round(float(error.mean()), 5),
+                "output_error": _output_error(layer, q),
             }
         )
-    bits = [BITS[scheme.activations] * stored / channels, BITS[scheme.weights] * wide / plain]
-    return {"width": wide / plain, "bits": bits, "layers": rows}
+    bits = [BITS[scheme.activations] * stored / channels, BITS[scheme.weights] * repeated / kept]
+    unseen = sum(len(layer.x) == 0 for layer in layers)
+    return {"width": wide / plain, "bits": bits, "layers": rows} | ({"unseen": unseen} if unseen else {})
+
+
+def _output_error(layer: Layer, q: Quantized) -> float | None:
+    if len(layer.x) == 0:
+        return None
+    x = layer.x[:: max(1, len(layer.x) // 256)].astype(np.float32)
+    y = x @ layer.weights.T
+    error = np.linalg.norm(y - q.activations(x) @ q.weights.T, axis=1) / np.linalg.norm(y, axis=1)
+    return round(float(error.mean()), 5)

@@ -126,14 +126,14 @@ class _Side:
         self.sums -= self.energy[:, positions].sum(axis=1)
 
 
-def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) -> list[tuple[int, int]]:
+def share(plans: Sequence[Sequence[Plan]], costs: Sequence[float], budget: float) -> list[tuple[int, int]]:
     """For every layer one of its plans and a number of steps, (plan, steps): within the budget, the least
     remaining error energy of all layers together.
 
-    costs[i] is what 16 columns of layer i cost, budget the sum of costs that may be spent. Each layer takes
-    what minimizes remaining + price · cost; the price is the lowest the budget allows. So no other choice of
-    the same cost leaves less (Everett 1963); what is left of the budget is less than the next step down in
-    price costs. Raises ValueError for a negative budget.
+    costs[i] is what 16 columns of layer i cost, 0 only where there are no steps; budget the sum of costs that
+    may be spent. Each layer takes what minimizes remaining + price · cost; the price is the lowest the budget
+    allows. So no other choice of the same cost leaves less (Everett 1963); what is left of the budget is less
+    than the next step down in price costs. Raises ValueError for a negative budget.
     """
     if budget < 0:
         raise ValueError(f"budget={budget} is negative; 0 means no extra columns.")
@@ -147,12 +147,13 @@ def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) 
             chosen.append((of, int(best[of])))
         return chosen
 
-    def spent(chosen: list[tuple[int, int]]) -> int:
+    def spent(chosen: list[tuple[int, int]]) -> float:
         return sum(cost * steps for (_, steps), cost in zip(chosen, costs))
 
     if spent(choose(0.0)) <= budget:
         return choose(0.0)
-    high = max(r[0] for layer in remaining for r in layer)  # buys nothing: a cost is at least 1
+    least = min([1.0, *(cost for cost in costs if cost > 0)])
+    high = max(r[0] for layer in remaining for r in layer) / least  # buys nothing
     low = high * 1e-30
     for _ in range(100):
         price = np.sqrt(low * high)
