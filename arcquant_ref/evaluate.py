@@ -36,55 +36,46 @@ def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
     An expert sees the tokens routed to it. One that sees none has no rows, amax 0, and energy 1 everywhere:
     searched scales weigh its channels alike.
     """
-    where = model.sites()
-    seen: dict[str, list[Tensor]] = {site: [] for site in where}
-    squares = {
-        site: torch.zeros(sum(len(model.weights[f"{n}.weight"]) for n in names))
-        for site, names in where.items()
-    }
-    tokens: dict[str, list[Tensor]] = {site: [] for site in where}
+    where, count = model.sites(), windows.size
+    weights = {site: stacked(model, names) for site, names in where.items()}
+    # Whole from the start: small pieces that stay, among large ones that go, would hold on to memory
+    x = {site: np.empty((count, w.shape[1]), np.float16) for site, w in weights.items()}
+    tokens = {site: np.empty(count, np.float32) for site in where}
+    squares = {site: np.zeros(len(w), np.float32) for site, w in weights.items()}
+    seen = dict.fromkeys(where, 0)
     for window in tqdm(windows, "calibration", disable=None):
         inputs, gradients = _backward(model, torch.from_numpy(window))
         for site, names in where.items():
             if names[0] not in inputs:
                 continue
             squared = torch.cat([gradients[name] ** 2 for name in names], dim=1)
-            seen[site].append(inputs[names[0]].half())
-            squares[site] += squared.sum(dim=0)
-            tokens[site].append(squared.sum(dim=1))
-    layers = []
-    for site, names in where.items():
-        weights = stacked(model, names)
-        if not seen[site]:
-            layers.append(_unseen(site, weights))
-            continue
-        x, importance = torch.cat(seen.pop(site)), torch.cat(tokens[site])
-        wide = x.float()
-        layers.append(
-            Layer(
-                name=site,
-                x=x.numpy(),
-                weights=weights,
-                channel_amax=wide.abs().amax(dim=0).numpy(),
-                energy=(wide.double() ** 2).mean(dim=0).numpy(),
-                tokens=(importance / importance.mean()).numpy(),
-                outputs=(squares[site] / windows.size).numpy(),
-            )
+            rows = slice(seen[site], seen[site] + len(squared))
+            seen[site] = rows.stop
+            x[site][rows] = inputs[names[0]].half().numpy()
+            squares[site] += squared.sum(dim=0).numpy()
+            tokens[site][rows] = squared.sum(dim=1).numpy()
+    return [
+        Layer(
+            name=site,
+            weights=weights[site],
+            outputs=squares[site] / np.float32(count),
+            **_inputs(x[site][: seen[site]], tokens[site][: seen[site]]),
         )
-    return layers
+        for site in where
+    ]
 
 
-def _unseen(site: str, weights: Float32) -> Layer:
-    n, k = weights.shape
-    return Layer(
-        name=site,
-        x=np.zeros((0, k), np.float16),
-        weights=weights,
-        channel_amax=np.zeros(k, np.float32),
-        energy=np.ones(k),
-        tokens=np.zeros(0, np.float32),
-        outputs=np.zeros(n, np.float32),
-    )
+def _inputs(x: NDArray[np.float16], tokens: Float32) -> dict[str, Any]:
+    """What a layer's inputs say of its channels, and the weights of its tokens with mean 1."""
+    if len(x) == 0:
+        k = x.shape[1]
+        return {"x": x, "tokens": tokens, "channel_amax": np.zeros(k, np.float32), "energy": np.ones(k)}
+    return {
+        "x": x,
+        "tokens": tokens / tokens.mean(),
+        "channel_amax": np.abs(x).max(axis=0).astype(np.float32),
+        "energy": np.mean(x.astype(np.float64) ** 2, axis=0),
+    }
 
 
 def _backward(model: Llama, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -217,16 +208,16 @@ def compare(
         before, of = changed[way]
         key = *way, scheme.weights, scheme.residuals
 
-        def plans(scheme: Scheme = scheme, of: list[Layer] = of, key: tuple = key) -> list[list[Plan]]:
+        def plans(scheme: Scheme = scheme, of: Any = of, before: Any = before, key: Any = key) -> Any:
             if key not in planned:
-                planned[key] = [
-                    plans_of(scheme, layer) for layer in tqdm(of, "plans", leave=False, disable=None)
-                ]
+                each = tqdm(list(zip(of, before)), "plans", leave=False, disable=None)
+                planned[key] = [plans_of(scheme, layer, b) for layer, b in each]
             return planned[key]
 
         ready = prepared(scheme, before, of, plans)
         summary = _summary(scheme, layers, ready)
         comparison.add(scheme, {t: losses(model, evaluation[t], ready) for t in missing}, summary)
+        ready.clear()  # before the next weights are made
 
 
 def prepared(

@@ -179,10 +179,13 @@ def _route_table(
 def _plain(scheme: Scheme, layers: list[Layer]) -> dict[str, Quantized]:
     """All layers under a scheme that neither rotates nor smooths."""
 
-    def plans() -> list[list[Plan]]:
-        return [plans_of(scheme, layer) for layer in layers]
+    def before(x: Float32) -> Float32:
+        return x
 
-    return prepared(scheme, [lambda x: x] * len(layers), layers, plans)
+    def plans() -> list[list[Plan]]:
+        return [plans_of(scheme, layer, before) for layer in layers]
+
+    return prepared(scheme, [before] * len(layers), layers, plans)
 
 
 def recorded(

@@ -166,7 +166,7 @@ def test_an_expert_without_tokens_keeps_its_channels_without_residuals(model, wi
     with routed(model, without_expert_3):
         layers = evaluate.calibrate(model, windows)
     scheme = BY_LABEL[label]
-    found = selections(scheme, layers, lambda: [plans_of(scheme, layer) for layer in layers])
+    found = selections(scheme, layers, lambda: [plans_of(scheme, layer, lambda x: x) for layer in layers])
     assert any(selection.augmented_K > selection.K for selection in found)
     for layer, selection in zip(layers, found):
         if layer.name.endswith(".3"):
@@ -178,7 +178,7 @@ def test_an_expert_without_tokens_keeps_its_channels_without_residuals(model, wi
 def test_columns_of_an_expert_cost_what_its_tokens_multiply(model, windows):
     layers = evaluate.calibrate(model, windows)
     scheme = BY_LABEL["two-sided, 1.19, searched scales"]
-    found = selections(scheme, layers, lambda: [plans_of(scheme, layer) for layer in layers])
+    found = selections(scheme, layers, lambda: [plans_of(scheme, layer, lambda x: x) for layer in layers])
     plain = sum(len(layer.x) * layer.weights.size for layer in layers)
     wide = sum(len(of.x) * len(of.weights) * s.augmented_K for of, s in zip(layers, found))
     assert 1.1 < wide / plain <= 1.19

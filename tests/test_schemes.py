@@ -44,7 +44,7 @@ def made_layer(seed: int = 0, tokens: int = 96, n: int = 48, k: int = 128) -> La
 
 def ready(scheme: Scheme, layer: Layer):
     before, of = transformed(scheme, layer)
-    selection = selections(scheme, [of], lambda: [plans_of(scheme, of)])[0]
+    selection = selections(scheme, [of], lambda: [plans_of(scheme, of, before)])[0]
     return before, of, selection, quantized(scheme, of, before, selection)
 
 
@@ -128,7 +128,7 @@ def test_a_plan_removes_more_error_than_the_paper_at_the_same_width():
 def test_the_budget_is_kept_over_layers_of_different_size():
     layers = [made_layer(seed, n=n, k=k) for seed, (n, k) in enumerate([(48, 128), (32, 256), (96, 128)])]
     scheme = BY_LABEL["two-sided, 1.19"]
-    chosen = selections(scheme, layers, lambda: [plans_of(scheme, layer) for layer in layers])
+    chosen = selections(scheme, layers, lambda: [plans_of(scheme, layer, lambda x: x) for layer in layers])
     wide = sum(len(layer.weights) * s.augmented_K for layer, s in zip(layers, chosen))
     plain = sum(layer.weights.size for layer in layers)
     assert plain < wide <= (1 + scheme.size) * plain
