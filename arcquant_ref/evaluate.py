@@ -26,6 +26,11 @@ from .plan import Plan
 from .schemes import BITS, Layer, Quantized, Scheme, loads, plans_of, quantized, selections, transformed
 
 
+def sites(model: Llama) -> dict[str, list[str]]:
+    """Site → the linear layers there, in the order of their rows: what the model says."""
+    return model.sites()
+
+
 def stacked(model: Llama, names: Sequence[str]) -> Float32:
     return np.concatenate([model.weights[f"{name}.weight"].numpy() for name in names])
 
@@ -36,7 +41,7 @@ def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
     An expert sees the tokens routed to it. One that sees none has no rows, amax 0, and energy 1 everywhere:
     searched scales weigh its channels alike.
     """
-    where, count = model.sites(), windows.size
+    where, count = sites(model), windows.size
     weights = {site: stacked(model, names) for site, names in where.items()}
     # Whole from the start: small pieces that stay, among large ones that go, would hold on to memory
     x = {site: np.empty((count, w.shape[1]), np.float16) for site, w in weights.items()}
@@ -106,10 +111,10 @@ def observed(model: Llama, linear: Callable[[str, Tensor, Tensor], Tensor]) -> I
 
 def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized] | None = None) -> Float64:
     """Mean loss of each (length,) window, with these layers quantized; (count,) float64."""
-    where = {n: (site, i) for site, names in model.sites().items() for i, n in enumerate(names)}
+    where = {n: (site, i) for site, names in sites(model).items() for i, n in enumerate(names)}
     parts: dict[str, list[Tensor]] = {}
     layers = layers or {}
-    for site, names in model.sites().items() if layers else ():
+    for site, names in sites(model).items() if layers else ():
         rows = [len(model.weights[f"{name}.weight"]) for name in names]
         parts[site] = list(torch.from_numpy(layers[site].weights).split(rows))
     made: dict[str, Any] = {"x": None}
