@@ -276,6 +276,19 @@ def run_model(args: argparse.Namespace) -> None:
             figure.savefig(file, format="png", dpi=120)
 
 
+def run_moe(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".safetensors")
+    backends.get("emulator")  # or the reason why not
+    try:
+        from . import moe, moe_report, texts
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
+    if not args.show:
+        documents = [d for part in texts.PARTS[:2] for d in texts.documents("wikipedia", part)]
+        moe.train(documents, args.steps).save(args.output)
+    print(moe_report.report(moe.MixtureOfExperts.load(args.output)))
+
+
 def run_compare(args: argparse.Namespace) -> int:
     if len(args.tensors) > 2 or (len(args.tensors) == 1 and args.input is None):
         raise ValueError(
@@ -484,7 +497,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE.json", help="results; what is there is kept"
     )
-    p.add_argument("--model", type=Path, metavar="PATH", help="GGUF or a folder of safetensors, not SmolLM2")
+    p.add_argument(
+        "--model", type=Path, metavar="PATH", help="GGUF, a folder of safetensors, or of `arcquant moe`"
+    )
     names = "wikipedia, topics, code or file:PATH"
     p.add_argument("--calibration", default="wikipedia", metavar="TEXT", help=f"{names}; default wikipedia")
     p.add_argument("--calibration-windows", type=int, default=16, metavar="N", help="windows to calibrate on")
@@ -496,6 +511,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--scheme", action="append", metavar="LABEL", help="only this scheme; may be repeated")
     p.add_argument("--show", action="store_true", help="print the table of FILE.json, run nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw loss against width")
+
+    p = command(
+        "moe", run_moe, "train a small mixture of experts for `arcquant model`: use, stability, routes"
+    )
+    p.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
+    p.add_argument("--steps", type=int, default=1500, help="of training, 1024 bytes each (default 1500)")
+    p.add_argument("--show", action="store_true", help="print the report of FILE.safetensors, train nothing")
 
     p = command(
         "compare",

@@ -21,23 +21,14 @@ from . import texts
 from .formats import Float32, Float64
 from .model import WEIGHTS, Llama, find_weights
 from .model_results import FULL_PRECISION, Comparison, fingerprint
+from .moe import MixtureOfExperts
 from .plan import Plan
-from .schemes import BITS, Layer, Quantized, Scheme, plans_of, quantized, selections, transformed
-
-SITES = {  # linear layers that read one input are one product: X' is made once
-    "attn_in": ("attn_q", "attn_k", "attn_v"),
-    "attn_out": ("attn_output",),
-    "ffn_in": ("ffn_gate", "ffn_up"),
-    "ffn_down": ("ffn_down",),
-}
+from .schemes import BITS, Layer, Quantized, Scheme, loads, plans_of, quantized, selections, transformed
 
 
 def sites(model: Llama) -> dict[str, list[str]]:
-    """Site → the linear layers there, in the order of their rows."""
-    blocks = range(int(model.field("block_count")))
-    return {
-        f"blk.{i}.{site}": [f"blk.{i}.{n}" for n in names] for i in blocks for site, names in SITES.items()
-    }
+    """Site → the linear layers there, in the order of their rows: what the model says."""
+    return model.sites()
 
 
 def stacked(model: Llama, names: Sequence[str]) -> Float32:
@@ -45,33 +36,51 @@ def stacked(model: Llama, names: Sequence[str]) -> Float32:
 
 
 def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
-    """What the layers of all sites see over (count, length) windows, and how the loss depends on them."""
+    """What the layers of all sites see over (count, length) windows, and how the loss depends on them.
+
+    An expert sees the tokens routed to it. One that sees none has no rows, amax 0, and energy 1 everywhere:
+    searched scales weigh its channels alike.
+    """
     where, count = sites(model), windows.size
     weights = {site: stacked(model, names) for site, names in where.items()}
     # Whole from the start: small pieces that stay, among large ones that go, would hold on to memory
     x = {site: np.empty((count, w.shape[1]), np.float16) for site, w in weights.items()}
     tokens = {site: np.empty(count, np.float32) for site in where}
     squares = {site: np.zeros(len(w), np.float32) for site, w in weights.items()}
-    for start, window in zip(range(0, count, windows.shape[1]), tqdm(windows, "calibration", disable=None)):
+    seen = dict.fromkeys(where, 0)
+    for window in tqdm(windows, "calibration", disable=None):
         inputs, gradients = _backward(model, torch.from_numpy(window))
-        rows = slice(start, start + len(window))
         for site, names in where.items():
+            if names[0] not in inputs:
+                continue
             squared = torch.cat([gradients[name] ** 2 for name in names], dim=1)
+            rows = slice(seen[site], seen[site] + len(squared))
+            seen[site] = rows.stop
             x[site][rows] = inputs[names[0]].half().numpy()
             squares[site] += squared.sum(dim=0).numpy()
             tokens[site][rows] = squared.sum(dim=1).numpy()
     return [
         Layer(
             name=site,
-            x=x[site],
             weights=weights[site],
-            channel_amax=np.abs(x[site]).max(axis=0).astype(np.float32),
-            energy=np.mean(x[site].astype(np.float64) ** 2, axis=0),
-            tokens=tokens[site] / tokens[site].mean(),
             outputs=squares[site] / np.float32(count),
+            **_inputs(x[site][: seen[site]], tokens[site][: seen[site]]),
         )
         for site in where
     ]
+
+
+def _inputs(x: NDArray[np.float16], tokens: Float32) -> dict[str, Any]:
+    """What a layer's inputs say of its channels, and the weights of its tokens with mean 1."""
+    if len(x) == 0:
+        k = x.shape[1]
+        return {"x": x, "tokens": tokens, "channel_amax": np.zeros(k, np.float32), "energy": np.ones(k)}
+    return {
+        "x": x,
+        "tokens": tokens / tokens.mean(),
+        "channel_amax": np.abs(x).max(axis=0).astype(np.float32),
+        "energy": np.mean(x.astype(np.float64) ** 2, axis=0),
+    }
 
 
 def _backward(model: Llama, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -137,9 +146,17 @@ class Reading:
     part: str = "evaluation"
 
 
+def opened(path: Path | None) -> Llama:
+    """The model of a GGUF file, of a folder, or of `arcquant moe -o`, a single *.safetensors; SmolLM2 for
+    None."""
+    if path is not None and path.is_file() and path.suffix == ".safetensors":
+        return MixtureOfExperts.load(path)
+    return Llama(path or find_weights())
+
+
 def run(reading: Reading, schemes: Sequence[Scheme], path: Path) -> dict[str, Any]:
     """Evaluate what the file at `path` does not hold yet; returns all it holds then."""
-    model = Llama(reading.model or find_weights())
+    model = opened(reading.model)
     count = reading.calibration_windows
     calibration = texts.windows(reading.calibration, model.encode, count, reading.length, "calibration")
     evaluation = {
@@ -151,6 +168,8 @@ def run(reading: Reading, schemes: Sequence[Scheme], path: Path) -> dict[str, An
         "calibration": f"{reading.calibration}, {count} x {reading.length} tokens",
         "calibration tokens": fingerprint(calibration),
     }
+    if isinstance(model, MixtureOfExperts):  # trained by the user: the name says little
+        settings["weights"] = model.fingerprint()
     described = {
         name: {
             "windows": len(w),
@@ -200,14 +219,20 @@ def compare(
                 planned[key] = [plans_of(scheme, layer, b) for layer, b in each]
             return planned[key]
 
-        chosen = selections(scheme, of, plans)
-        ready = {
-            layer.name: quantized(scheme, layer, b, selection)
-            for layer, b, selection in zip(of, before, chosen)
-        }
+        ready = prepared(scheme, before, of, plans)
         summary = _summary(scheme, layers, ready)
         comparison.add(scheme, {t: losses(model, evaluation[t], ready) for t in missing}, summary)
         ready.clear()  # before the next weights are made
+
+
+def prepared(
+    scheme: Scheme, before: list[Callable], of: list[Layer], plans: Callable[[], list[list[Plan]]]
+) -> dict[str, Quantized]:
+    """All layers, already transformed, under this scheme."""
+    chosen = selections(scheme, of, plans)
+    return {
+        layer.name: quantized(scheme, layer, b, selection) for layer, b, selection in zip(of, before, chosen)
+    }
 
 
 def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], list[Layer]]:
@@ -215,16 +240,14 @@ def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], li
 
 
 def _summary(scheme: Scheme, layers: list[Layer], ready: dict[str, Quantized]) -> dict[str, Any]:
-    """K'/K weighted by the size of the products, bits of a stored activation and weight; and of each layer S,
-    S_w and the output error on 256 calibration tokens."""
-    rows, wide, plain, stored, channels = [], 0, 0, 0, 0
-    for layer in layers:
+    """K'/K weighted by the products of the calibration tokens, bits of a stored activation and weight; of
+    each layer S, S_w and the output error on 256 calibration tokens; how many layers saw none, if any."""
+    rows, wide, plain, stored, channels, repeated, kept = [], 0.0, 0.0, 0.0, 0.0, 0, 0
+    for layer, load in zip(layers, loads(layers)):
         q, (n, k) = ready[layer.name], layer.weights.shape
-        x = layer.x[:: max(1, len(layer.x) // 256)].astype(np.float32)
-        y = x @ layer.weights.T
-        error = np.linalg.norm(y - q.activations(x) @ q.weights.T, axis=1) / np.linalg.norm(y, axis=1)
-        wide, plain = wide + n * q.selection.augmented_K, plain + n * k
-        stored, channels = stored + q.selection.augmented_K, channels + k
+        wide, plain = wide + load * n * q.selection.augmented_K, plain + load * n * k
+        stored, channels = stored + load * q.selection.augmented_K, channels + load * k
+        repeated, kept = repeated + n * q.selection.augmented_K, kept + n * k
         rows.append(
             {
                 "layer": layer.name,
@@ -232,8 +255,18 @@ def _summary(scheme: Scheme, layers: list[Layer], ready: dict[str, Quantized]) -
                 "N": n,
                 "activation_residuals": q.selection.num_residual,
                 "weight_residuals": len(q.selection.weight_channels),
-                "output_error": round(float(error.mean()), 5),
+                "output_error": _output_error(layer, q),
             }
         )
-    bits = [BITS[scheme.activations] * stored / channels, BITS[scheme.weights] * wide / plain]
-    return {"width": wide / plain, "bits": bits, "layers": rows}
+    bits = [BITS[scheme.activations] * stored / channels, BITS[scheme.weights] * repeated / kept]
+    unseen = sum(len(layer.x) == 0 for layer in layers)
+    return {"width": wide / plain, "bits": bits, "layers": rows} | ({"unseen": unseen} if unseen else {})
+
+
+def _output_error(layer: Layer, q: Quantized) -> float | None:
+    if len(layer.x) == 0:
+        return None
+    x = layer.x[:: max(1, len(layer.x) // 256)].astype(np.float32)
+    y = x @ layer.weights.T
+    error = np.linalg.norm(y - q.activations(x) @ q.weights.T, axis=1) / np.linalg.norm(y, axis=1)
+    return round(float(error.mean()), 5)

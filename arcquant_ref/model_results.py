@@ -70,6 +70,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"{key}: {value}" for key, value in results["settings"].items()]
     for name, text in texts.items():
         lines.append(f"text {name}: {text['windows']} x {text['length']} tokens, {text['provenance']}")
+    if unseen := max((held.get("unseen", 0) for held in schemes.values()), default=0):
+        lines.append(f"{unseen} layers saw no calibration token: channels as they are, no residuals")
     lines += ["", f"{'scheme':<46}{'width':>7}{'bits x, w':>13}" + "".join(f"   {n:>25}" for n in texts)]
     for label, held in schemes.items():
         line = f"{label:<46}{held['width']:>7.3f}{held['bits'][0]:>7.2f}{held['bits'][1]:>6.2f}"

@@ -146,7 +146,7 @@ class _Side:
         self.sums -= self.energy[:, positions].sum(axis=1)
 
 
-def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) -> list[tuple[int, int]]:
+def share(plans: Sequence[Sequence[Plan]], costs: Sequence[float], budget: float) -> list[tuple[int, int]]:
     """For every layer one of its plans and a number of steps, (plan, steps): within the budget, the least
     remaining error energy of all layers together.
 
@@ -169,7 +169,7 @@ def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) 
             chosen.append((of, steps))
         return chosen
 
-    def spent(chosen: list[tuple[int, int]]) -> int:
+    def spent(chosen: list[tuple[int, int]]) -> float:
         return sum(cost * steps for (_, steps), cost in zip(chosen, costs))
 
     if spent(choose(0.0)) <= budget:

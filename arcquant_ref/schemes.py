@@ -106,17 +106,31 @@ def transformed(scheme: Scheme, layer: Layer) -> tuple[Callable[[Float32], Float
 
 
 def selections(scheme: Scheme, layers: list[Layer], plans: Callable[[], list[list[Plan]]]) -> list[Selection]:
-    """The selection of every layer, already transformed; `plans` are asked for only where they are needed."""
+    """The selection of every layer, already transformed; `plans` are asked for only where they are needed.
+
+    A layer that saw no token keeps its channels as they are, without residuals.
+    """
     if scheme.residuals == "tau":
-        return [select(layer.channel_amax) for layer in layers]
+        return [select(layer.channel_amax) for layer in layers]  # of no amax none is above 0
     if scheme.residuals == "top":
-        return [select_top(layer.channel_amax, min(int(scheme.size), len(layer.energy))) for layer in layers]
+        return [
+            select_top(layer.channel_amax, min(int(scheme.size), len(layer.energy)) if len(layer.x) else 0)
+            for layer in layers
+        ]
     if scheme.residuals in ("two-sided", "activations"):
         made = plans()
-        costs = [BLOCK * len(layer.weights) for layer in layers]
-        shared = share(made, costs, scheme.size * sum(layer.weights.size for layer in layers))
+        made_for = zip(layers, loads(layers))  # a load of 0 has no steps to pay
+        costs = [BLOCK * len(layer.weights) * (load or 1) for layer, load in made_for]
+        products = sum(layer.weights.size * load for layer, load in zip(layers, loads(layers)))
+        shared = share(made, costs, scheme.size * products)
         return [of[i].selection(n, layer.channel_amax) for of, (i, n), layer in zip(made, shared, layers)]
     return [natural(layer) for layer in layers]
+
+
+def loads(layers: list[Layer]) -> list[float]:
+    """Which part of the calibration tokens each layer sees: 1, except for experts."""
+    most = max(len(layer.x) for layer in layers)
+    return [len(layer.x) / most for layer in layers]
 
 
 def natural(layer: Layer) -> Selection:
@@ -127,6 +141,8 @@ def natural(layer: Layer) -> Selection:
 def plans_of(scheme: Scheme, layer: Layer, before: Callable[[Float32], Float32]) -> list[Plan]:
     """A plan for each of three channel orders: as they are, the 16 of largest amax last, by mean square."""
     amax, k = layer.channel_amax, len(layer.energy)
+    if len(layer.x) == 0:
+        return [Plan(order=np.arange(k), energy=0.0, steps=[])]
     largest = np.argsort(amax, kind="stable")[k - BLOCK :]
     natural_order = np.arange(k)
     largest_last = np.concatenate([np.setdiff1d(natural_order, largest), largest])

@@ -24,7 +24,7 @@ def optional(name: str) -> ModuleType:
     except ImportError as error:
         if "torch" in REQUIRED:
             pytest.fail(f"ARCQUANT_REQUIRE=torch, but {error}")
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 def model_weights() -> Path:

@@ -53,6 +53,17 @@ def test_observing_layers_changes_nothing(model):
     }
 
 
+def test_sites_are_products_that_read_one_input(model):
+    found = model.sites()
+    assert len(found) == 120
+    assert list(found.items())[:4] == [
+        ("blk.0.attn_in", ["blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v"]),
+        ("blk.0.attn_out", ["blk.0.attn_output"]),
+        ("blk.0.ffn_in", ["blk.0.ffn_gate", "blk.0.ffn_up"]),
+        ("blk.0.ffn_down", ["blk.0.ffn_down"]),
+    ]
+
+
 def test_forward_leaves_gradients_to_the_caller(model, monkeypatch):
     """And they are those of the loss, which a short step against the gradient lowers by what they say."""
     torch = optional("torch")

@@ -324,7 +324,7 @@ assert found[2] < found[1] / 8 < found[0] / 15
 
 # %% tags=["varies"]
 two_sided = named["two-sided, 1.10, searched scales"]
-plans = [plans_of(two_sided, layer) for layer in layers]
+plans = [plans_of(two_sided, layer, lambda x: x) for layer in layers]
 planned = selections(two_sided, layers, lambda: plans)
 measure("two-sided, searched scales", two_sided, planned)
 
