@@ -1,4 +1,4 @@
-"""`arcquant study`: what is counted, by hand and by definition; and each study, small, of the model."""
+"""`arcquant study`: what is counted, by hand and by definition; each study, small, of a tiny random model."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from support import model_weights, optional
+from support import optional
+from test_checkpoint import tokenizer, write  # noqa: F401  (it skips without torch, gguf or tokenizers)
 
-optional("torch")
-optional("gguf")
-optional("tokenizers")
-
-import emulator  # noqa: E402
-from arcquant_ref import evaluate, studies, texts  # noqa: E402
-from arcquant_ref.cli import main  # noqa: E402
+import emulator
+from arcquant_ref import evaluate, studies, texts
+from arcquant_ref.cli import main
+from arcquant_ref.model import Llama
 
 ROOT = Path(__file__).parent.parent
 channels = st.lists(st.integers(0, 40), unique=True)
@@ -102,16 +100,13 @@ def test_a_profile_begins_with_the_largest_and_ends_with_the_least():
     assert (np.diff(found, axis=0)[:, 1] <= 0).all()
 
 
-@pytest.fixture(scope="module")
-def model():
-    path = model_weights()
+@pytest.fixture
+def model(write):  # noqa: F811
     optional("gensim")
-    from arcquant_ref.model import Llama
-
-    return Llama(path)
+    return Llama(write())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def layers(model):
     return evaluate.calibrate(model, texts.windows("topics", model.encode, 2, 32))
 
