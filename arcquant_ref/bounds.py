@@ -15,7 +15,7 @@ from . import checks
 from .augment import augment_activations, augment_weights, matching, merge, split
 from .formats import BLOCK, E2M1, E4M3, Float64, FloatFormat, decode
 from .gemm import UNIT, integer_values, matmul
-from .quantize import exact_values, quantize
+from .quantize import exact_values, quantize, quantize_weighted
 from .select import Selection
 from .tensor import NVFP4Tensor
 
@@ -254,10 +254,10 @@ def certify(
 ) -> Certificate:
     """The bound on every output of a W4A4 layer, from x (M, K), w (N, K) and the selection.
 
-    With `energy` the weights are augment_weights(w, selection, energy). x and w count as float32. It holds
-    for `matmul` of the augmented operands (of the plain ones without a selection) by every backend; `y_hat`
-    is the reference's. Dtypes and errors as in `augment_activations`; ValueError for different K.
-    docs/bounds.md derives it.
+    With `energy` the weights' block scales are searched, as in augment_weights(w, selection, energy). x and
+    w count as float32. It holds for `matmul` of the augmented operands (of the plain ones without a
+    selection) by every backend; `y_hat` is the reference's. Dtypes and errors as in `augment_activations` and
+    `quantize_weighted`; ValueError for different K. docs/bounds.md derives it.
 
     >>> x, w = np.eye(2, 32), np.eye(3, 32)
     >>> certificate = certify(x, w)
@@ -267,7 +267,7 @@ def certify(
     x, w = checks.matrix("x", x, BLOCK), checks.matrix("w", w, BLOCK)
     checks.same_depth("x", x.shape[1], "w", w.shape[1])
     if selection is None:
-        a, b = quantize(x, tensor_scale), quantize(w)
+        a, b = quantize(x, tensor_scale), quantize(w) if energy is None else quantize_weighted(w, energy)
         x_bounds, w_hat = element_bounds(x, a.tensor_scale), exact_values(b)
     else:
         a, b = augment_activations(x, selection, tensor_scale), augment_weights(w, selection, energy)

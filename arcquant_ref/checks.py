@@ -222,16 +222,27 @@ def weight_channels(channels: Any, k: int, block: int) -> NDArray[np.int64]:
     if channels.ndim != 1 or (channels.dtype.kind not in "iu" and len(channels)):
         raise TypeError(
             f"weight_channels has shape {channels.shape} and dtype {channels.dtype}; it must be a list of "
-            f"channel numbers."
+            f"channel numbers, integers."
         )
     outside = int(((channels < 0) | (channels >= k)).sum())
     repeated = len(channels) - len(np.unique(channels))
     if len(channels) % block or outside or repeated:
         raise ValueError(
             f"weight_channels has {len(channels)} channels, {repeated} of them repeated and {outside} "
-            f"outside 0 … {k - 1}; it must be different channels, a multiple of {block} of them."
+            f"outside 0 … {k - 1}; it must be different channels, a multiple of {block} of them. "
+            f"Add the next best channels, or leave the last out."
         )
     return channels.astype(np.int64)
+
+
+def no_weight_channels(what: str, count: int) -> None:
+    """A selection whose residuals are all of activations, for what does not know others."""
+    if count:
+        raise ValueError(
+            f"selection has {count} weight_channels, but {what} knows residuals of activations only. "
+            f"Use arcquant_ref or emulator, or leave them out: "
+            f"dataclasses.replace(selection, weight_channels=[])."
+        )
 
 
 def non_negative(name: str, amax: ArrayLike) -> NDArray[np.float32]:
@@ -247,11 +258,19 @@ def non_negative(name: str, amax: ArrayLike) -> NDArray[np.float32]:
 
 def channel_energy(energy: ArrayLike, k: int) -> NDArray[np.float64]:
     """K non-negative finite numbers, float64."""
-    array = np.asarray(energy, np.float64)
-    if array.shape != (k,) or not np.isfinite(array).all() or (array < 0).any():
+    array = np.asarray(energy)
+    if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"energy has dtype {array.dtype}; it must be {k} real numbers, such as float64.")
+    array = array.astype(np.float64)
+    way_out = "It is the mean of x² of each channel, np.mean(x**2, axis=0)."
+    if array.shape != (k,):
         raise ValueError(
-            f"energy has shape {array.shape}; it must be {k} finite numbers, none negative: the mean of x² "
-            f"of each channel, np.mean(x**2, axis=0)."
+            f"energy has shape {array.shape}; it must be ({k},), one for each channel. {way_out}"
+        )
+    bad = np.flatnonzero(~(np.isfinite(array) & (array >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"energy is {array[bad[0]]} at index {bad[0]}; it must be finite and not negative. {way_out}"
         )
     return array
 
@@ -291,6 +310,23 @@ def normalized_rows(finite: NDArray[np.bool_]) -> None:
         raise ValueError(
             f"x: RMSNorm leaves the range of float32 in row {bad[0]}: its sum of squares, or a normalized "
             f"element times weight, is not finite. Scale x or weight down; a row of zeros needs epsilon > 0."
+        )
+
+
+def steps(value: Any, limit: int) -> int:
+    """How many steps of a plan: an integer from 0 to `limit`."""
+    if not isinstance(value, (int, np.integer)) or not 0 <= value <= limit:
+        raise ValueError(f"steps={value!r} must be an integer from 0 to {limit}, the steps of this plan.")
+    return int(value)
+
+
+def costs(values: Sequence[Any], layers: int, budget: Any) -> None:
+    """A positive number for each layer, and a budget that is not negative."""
+    if not budget >= 0:
+        raise ValueError(f"budget={budget} must not be negative; 0 means no extra columns.")
+    if len(values) != layers or not all(value > 0 for value in values):
+        raise ValueError(
+            f"costs={list(values)} must be {layers} positive numbers: what 16 columns of each layer cost."
         )
 
 

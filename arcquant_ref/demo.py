@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import bounds
+from . import bounds, checks
 from .augment import augment_activations, augment_weights, merge
 from .baselines import MX_BLOCK, MXFP8_BITS, mxfp8
 from .formats import Float32, Float64
@@ -63,7 +63,11 @@ def nvfp4(x: Float32, w: Float32) -> Result:
 
 
 def arc(x: Float32, w: Float32, selection: Selection) -> Result:
-    """The paper's method: residual channels for the activations, duplicated columns for the weights."""
+    """The paper's method: residual channels for the activations, duplicated columns for the weights.
+
+    Raises ValueError for a selection with weight channels.
+    """
+    checks.no_weight_channels("the demo", len(selection.weight_channels))
     a, b = augment_activations(x, selection), augment_weights(w, selection)
     return Result(
         scheme="ARC",

@@ -46,36 +46,32 @@ def stacked(model: Llama, names: Sequence[str]) -> Float32:
 
 def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
     """What the layers of all sites see over (count, length) windows, and how the loss depends on them."""
-    where = sites(model)
-    seen: dict[str, list[Tensor]] = {site: [] for site in where}
-    squares = {
-        site: torch.zeros(sum(len(model.weights[f"{n}.weight"]) for n in names))
-        for site, names in where.items()
-    }
-    tokens: dict[str, list[Tensor]] = {site: [] for site in where}
-    for window in tqdm(windows, "calibration", disable=None):
+    where, count = sites(model), windows.size
+    weights = {site: stacked(model, names) for site, names in where.items()}
+    # Whole from the start: small pieces that stay, among large ones that go, would hold on to memory
+    x = {site: np.empty((count, w.shape[1]), np.float16) for site, w in weights.items()}
+    tokens = {site: np.empty(count, np.float32) for site in where}
+    squares = {site: np.zeros(len(w), np.float32) for site, w in weights.items()}
+    for start, window in zip(range(0, count, windows.shape[1]), tqdm(windows, "calibration", disable=None)):
         inputs, gradients = _backward(model, torch.from_numpy(window))
+        rows = slice(start, start + len(window))
         for site, names in where.items():
             squared = torch.cat([gradients[name] ** 2 for name in names], dim=1)
-            seen[site].append(inputs[names[0]].half())
-            squares[site] += squared.sum(dim=0)
-            tokens[site].append(squared.sum(dim=1))
-    layers = []
-    for site, names in where.items():
-        x, importance = torch.cat(seen.pop(site)), torch.cat(tokens[site])
-        wide = x.float()
-        layers.append(
-            Layer(
-                name=site,
-                x=x.numpy(),
-                weights=stacked(model, names),
-                channel_amax=wide.abs().amax(dim=0).numpy(),
-                energy=(wide.double() ** 2).mean(dim=0).numpy(),
-                tokens=(importance / importance.mean()).numpy(),
-                outputs=(squares[site] / len(x)).numpy(),
-            )
+            x[site][rows] = inputs[names[0]].half().numpy()
+            squares[site] += squared.sum(dim=0).numpy()
+            tokens[site][rows] = squared.sum(dim=1).numpy()
+    return [
+        Layer(
+            name=site,
+            x=x[site],
+            weights=weights[site],
+            channel_amax=np.abs(x[site]).max(axis=0).astype(np.float32),
+            energy=np.mean(x[site].astype(np.float64) ** 2, axis=0),
+            tokens=tokens[site] / tokens[site].mean(),
+            outputs=squares[site] / np.float32(count),
         )
-    return layers
+        for site in where
+    ]
 
 
 def _backward(model: Llama, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,11 +204,10 @@ def compare(
         before, of = changed[way]
         key = *way, scheme.weights, scheme.residuals
 
-        def plans(scheme: Scheme = scheme, of: list[Layer] = of, key: tuple = key) -> list[list[Plan]]:
+        def plans(scheme: Scheme = scheme, of: Any = of, before: Any = before, key: Any = key) -> Any:
             if key not in planned:
-                planned[key] = [
-                    plans_of(scheme, layer) for layer in tqdm(of, "plans", leave=False, disable=None)
-                ]
+                each = tqdm(list(zip(of, before)), "plans", leave=False, disable=None)
+                planned[key] = [plans_of(scheme, layer, b) for layer, b in each]
             return planned[key]
 
         chosen = selections(scheme, of, plans)
@@ -222,6 +217,7 @@ def compare(
         }
         summary = _summary(scheme, layers, ready)
         comparison.add(scheme, {t: losses(model, evaluation[t], ready) for t in missing}, summary)
+        ready.clear()  # before the next weights are made
 
 
 def _transposed(pairs: list[tuple[Callable, Layer]]) -> tuple[list[Callable], list[Layer]]:

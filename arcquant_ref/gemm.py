@@ -72,7 +72,7 @@ def nearest_float32(exact: Fraction) -> np.float32:
 
 
 def linear(x: ArrayLike, w: ArrayLike, selection: Selection) -> Float32:
-    """A W4A4 linear layer: (M, K) activations, (N, K) weights → (M, N) float32, one product of depth K + S.
+    """A W4A4 linear layer: (M, K) activations, (N, K) weights → (M, N) float32, one product of depth K'.
 
     Dtypes and errors as in `augment_activations` and `matmul`.
 

@@ -70,9 +70,9 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"{key}: {value}" for key, value in results["settings"].items()]
     for name, text in texts.items():
         lines.append(f"text {name}: {text['windows']} x {text['length']} tokens, {text['provenance']}")
-    lines += ["", f"{'scheme':<42}{'width':>7}{'bits x, w':>13}" + "".join(f"   {n:>25}" for n in texts)]
+    lines += ["", f"{'scheme':<46}{'width':>7}{'bits x, w':>13}" + "".join(f"   {n:>25}" for n in texts)]
     for label, held in schemes.items():
-        line = f"{label:<42}{held['width']:>7.3f}{held['bits'][0]:>7.2f}{held['bits'][1]:>6.2f}"
+        line = f"{label:<46}{held['width']:>7.3f}{held['bits'][0]:>7.2f}{held['bits'][1]:>6.2f}"
         for text in texts:
             found, base = held["losses"].get(text), schemes[FULL_PRECISION]["losses"].get(text)
             line += f"   {_cell(found, base) if found and base else '':>25}"

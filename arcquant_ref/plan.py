@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
-from .formats import BLOCK, Float64
+from .formats import BLOCK, Float32, Float64
 from .select import Selection
 
 
@@ -21,9 +21,9 @@ def error_energy(
 ) -> Float64:
     """(K, K), whose sum over i and j of any set of channels is the mean over tokens of ‖Σ_k x_k w_k‖² there.
 
-    `x` (T, K) and `w` (N, K) are one error and what it is multiplied with: x − x̂ and ŵ, or x and w − ŵ.
-    `tokens` (T,) and `outputs` (N,) weight the mean and the norm; 1 unless given. Raises ValueError for
-    different K.
+    `x` (T, K) and `w` (N, K) are one error and what it is multiplied with: x − x̂ and ŵ, or x and w − ŵ; they
+    count as float32, and so do the sums over tokens and outputs. `tokens` (T,) and `outputs` (N,) weight the
+    mean and the norm; 1 unless given. Raises ValueError for different K, T or N.
 
     >>> error_energy(np.eye(2), np.ones((3, 2)))
     array([[1.5, 0. ],
@@ -31,9 +31,16 @@ def error_energy(
     """
     x, w = np.asarray(x, np.float32), np.asarray(w, np.float32)
     checks.same_depth("x", x.shape[-1], "w", w.shape[-1])
-    weighted_x = x if tokens is None else x * np.asarray(tokens, np.float32)[:, None]
-    weighted_w = w if outputs is None else w * np.asarray(outputs, np.float32)[:, None]
+    weighted_x, weighted_w = _weighted("tokens", tokens, "x", x), _weighted("outputs", outputs, "w", w)
     return (weighted_x.T @ x).astype(np.float64) / len(x) * (weighted_w.T @ w)
+
+
+def _weighted(name: str, weights: ArrayLike | None, rows: str, x: Float32) -> Float32:
+    if weights is None:
+        return x
+    weights = np.asarray(weights, np.float32)
+    checks.same_shape(name, weights.shape, f"a column of {rows}", x.shape[:1])
+    return x * weights[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +71,11 @@ class Plan:
         return self.energy - np.cumsum([0.0, *(step.gain for step in self.steps)])
 
     def selection(self, steps: int, channel_amax: ArrayLike) -> Selection:
-        """The first steps as a selection: repaired activations are last in the order, best last."""
+        """The first steps as a selection: repaired activations are last in the order, best last.
+
+        Raises ValueError for fewer than 0 or more than all steps, or a bad channel_amax.
+        """
+        steps = checks.steps(steps, len(self.steps))
         chosen: dict[str, list[NDArray[np.int64]]] = {"activation": [], "weight": []}
         for step in self.steps[:steps]:
             chosen[step.side].append(step.channels)
@@ -79,12 +90,19 @@ class Plan:
 
 
 def plan(order: NDArray[np.int64], activation: Float64, weight: Float64) -> Plan:
-    """Greedy: the block of activations, or the 16 channels of weights, that removes most, again and again.
+    """Greedy: the block of activations, or the 16 channels of weights, that removes more, again and again.
 
     `activation` and `weight` are the error energies (K, K) of the two sides, their channels in `order`.
     A set R of repaired channels removes 2 Σ_{i ∈ R, j} E_ij − Σ_{i, j ∈ R} E_ij of what is left. A repaired
-    activation must be where its block is; weights are gathered from anywhere. Ends when nothing is gained.
+    activation must be where its block is: the block that removes most. Weights are gathered from anywhere:
+    the 16 channels that remove most one by one, not the best 16 together. Ends when nothing is gained, which
+    may be before all is repaired: errors that cancel are worse off alone. Raises ValueError for energies that
+    are not (K, K), TypeError or ValueError for an order that is no permutation.
     """
+    order = checks.channel_order(order)
+    checks.multiple_of("K", len(order), BLOCK)
+    for name, energy in (("activation", activation), ("weight", weight)):
+        checks.same_shape(name, energy.shape, "order × order", (len(order), len(order)))
     sides = _Side(activation), _Side(weight)
     steps: list[Step] = []
     while True:
@@ -105,13 +123,15 @@ class _Side:
         self.energy = energy
         self.left = np.ones(len(energy), bool)
         self.sums = energy.sum(axis=1)  # of each channel with all that are left
+        of_blocks = energy.reshape(len(energy) // BLOCK, BLOCK, -1, BLOCK)
+        self.inside = np.einsum("bibj->b", of_blocks)  # of each block with itself
 
     def gain(self, positions: NDArray[np.int64]) -> float:
         return float(2 * self.sums[positions].sum() - self.energy[np.ix_(positions, positions)].sum())
 
     def best_block(self) -> tuple[float, NDArray[np.int64]]:
-        alone = np.where(self.left, 2 * self.sums - np.diagonal(self.energy), 0)
-        first = BLOCK * int(alone.reshape(-1, BLOCK).sum(axis=1).argmax())
+        gains = 2 * self.sums.reshape(-1, BLOCK).sum(axis=1) - self.inside
+        first = BLOCK * int(np.where(self.left[::BLOCK], gains, -np.inf).argmax())
         return self._offer(np.arange(first, first + BLOCK))
 
     def best_channels(self) -> tuple[float, NDArray[np.int64]]:
@@ -132,19 +152,21 @@ def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) 
 
     costs[i] is what 16 columns of layer i cost, budget the sum of costs that may be spent. Each layer takes
     what minimizes remaining + price · cost; the price is the lowest the budget allows. So no other choice of
-    the same cost leaves less (Everett 1963); what is left of the budget is less than the next step down in
-    price costs. Raises ValueError for a negative budget.
+    the same cost, or of less, leaves less (Everett 1963). What stays of the budget is less than all that is
+    bought at the next lower price costs; equal layers buy together. Raises ValueError for a negative budget
+    or costs that are not one positive number for each layer.
     """
-    if budget < 0:
-        raise ValueError(f"budget={budget} is negative; 0 means no extra columns.")
+    checks.costs(costs, len(plans), budget)
     remaining = [[p.remaining for p in layer] for layer in plans]
 
     def choose(price: float) -> list[tuple[int, int]]:
         chosen = []
         for layer, cost in zip(remaining, costs):
-            best = [(r + price * cost * np.arange(len(r))).argmin() for r in layer]
-            of = int(np.argmin([r[n] + price * cost * n for r, n in zip(layer, best)]))
-            chosen.append((of, int(best[of])))
+            totals = [r + price * cost * np.arange(len(r)) for r in layer]
+            _, steps, of = min(
+                (t.min(), int(t.argmin()), i) for i, t in enumerate(totals)
+            )  # of equals the first
+            chosen.append((of, steps))
         return chosen
 
     def spent(chosen: list[tuple[int, int]]) -> int:
@@ -152,7 +174,7 @@ def share(plans: Sequence[Sequence[Plan]], costs: Sequence[int], budget: float) 
 
     if spent(choose(0.0)) <= budget:
         return choose(0.0)
-    high = max(r[0] for layer in remaining for r in layer)  # buys nothing: a cost is at least 1
+    high = max(2 * (r[0] - r.min()) / cost for layer, cost in zip(remaining, costs) for r in layer)  # none
     low = high * 1e-30
     for _ in range(100):
         price = np.sqrt(low * high)

@@ -42,8 +42,7 @@ def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NV
     blocks = x.reshape(len(x), -1, BLOCK)
     amax = np.abs(blocks).max(axis=-1)
     with np.errstate(over="ignore", under="ignore"):  # the order of these operations is normative
-        v = amax / F32(E2M1.max) / scale
-        block_scales = encode(E4M3, np.clip(v, F32(E4M3.least_positive), F32(E4M3.max)))
+        block_scales = _scale_codes(amax / F32(E2M1.max) / scale)
         step = decode(E4M3, block_scales) * scale  # never zero: the least block scale is floored
         codes = encode(E2M1, blocks / step[..., None]).reshape(x.shape)
     return NVFP4Tensor(codes=codes, block_scales=block_scales, tensor_scale=scale)
@@ -52,13 +51,15 @@ def quantize(x: ArrayLike, tensor_scale: float | np.float32 | None = None) -> NV
 def quantize_weighted(
     w: ArrayLike, energy: ArrayLike, tensor_scale: float | np.float32 | None = None
 ) -> NVFP4Tensor:
-    """(N, K) weights → NVFP4 with searched block scales: of all E4M3 scales from amax / 8 to amax / 3.5 the
-    one with the least Σ energy[k] · (w − ŵ)²; of equals the smallest.
+    """(N, K) weights → NVFP4 with searched block scales: of all E4M3 codes from that of amax / 8 to that of
+    amax / 3.5 the one with the least Σ energy[k] · (w − ŵ)²; of equals the smallest.
 
-    `energy` (K,) is the mean of x² of each channel (the diagonal of `second_moment`); any positive multiple
-    gives the same bytes but for rounding. The search happens offline and costs nothing later: it is the same
-    format. Everything after the codes is float64, channels added in their order. Errors as in `quantize`;
-    ValueError for an energy that is not (K,), finite and non-negative.
+    `energy` (K,) is the mean of x² of each channel; any positive multiple gives the same bytes but for
+    rounding. The scale of `quantize`, amax / 6, is always among them, so the sum is never larger than that
+    of `quantize`. Channels of no energy count for nothing: a block of them has the smallest scale. The search
+    happens offline and costs nothing later: it is the same format. Everything after the codes is float64,
+    channels added in their order. Errors as in `quantize`; TypeError or ValueError for an energy that is not
+    (K,), finite and non-negative. docs/spec.md, section 3.
     """
     w = checks.matrix("w", w, BLOCK)
     energy = checks.channel_energy(energy, w.shape[1])
@@ -89,13 +90,13 @@ def _weighted_error(
 ) -> tuple[Codes, Float64]:
     """The codes of blocks (N, K/16, 16) under these block scales, and Σ energy · (w − ŵ)² of each block."""
     step = decode(E4M3, block_scales) * tensor_scale
+    exact = decode(E4M3, block_scales).astype(np.float64) * np.float64(tensor_scale)
+    error = np.zeros(block_scales.shape)
     with np.errstate(over="ignore", under="ignore"):
         codes = encode(E2M1, blocks / step[..., None])
-    exact = decode(E4M3, block_scales).astype(np.float64) * np.float64(tensor_scale)
-    difference = blocks - decode(E2M1, codes).astype(np.float64) * exact[..., None]
-    error = np.zeros(block_scales.shape)
-    for i in range(BLOCK):  # the order is normative: the search compares sums
-        error = error + difference[..., i] * difference[..., i] * energy[:, i]
+        difference = blocks - decode(E2M1, codes).astype(np.float64) * exact[..., None]
+        for i in range(BLOCK):  # the order is normative: the search compares sums
+            error = error + difference[..., i] * difference[..., i] * energy[:, i]
     return codes, error
 
 

@@ -64,7 +64,7 @@ class Scheme:
 class Layer:
     """What calibration knows of the linear layers that read one input, stacked along N.
 
-    x        (T, K) calibration inputs
+    x        (T, K) calibration inputs, as they are before any transform
     weights  (N, K)
     tokens   (T,) how much the loss depends on this layer's output at a token; mean 1
     outputs  (N,) mean of the squared gradient of the loss by an output
@@ -89,7 +89,7 @@ class Quantized:
 
 
 def transformed(scheme: Scheme, layer: Layer) -> tuple[Callable[[Float32], Float32], Layer]:
-    """What happens to x before it is quantized, and the layer as it is after that."""
+    """What happens to x before it is quantized, and what else is known of the layer as it is after that."""
     rotation = scheme.rotation
     if rotation != "none":
         return lambda x: hadamard(x, rotation), replace(layer, weights=hadamard(layer.weights, rotation))
@@ -97,7 +97,6 @@ def transformed(scheme: Scheme, layer: Layer) -> tuple[Callable[[Float32], Float
         factors = smoothing(layer.channel_amax, np.abs(layer.weights).max(axis=0), scheme.smoothing)
         smooth = replace(
             layer,
-            x=(layer.x / factors).astype(np.float16),
             weights=layer.weights * factors,
             channel_amax=layer.channel_amax / factors,
             energy=layer.energy / factors.astype(np.float64) ** 2,
@@ -125,7 +124,7 @@ def natural(layer: Layer) -> Selection:
     return Selection(order=np.arange(len(layer.energy)), num_residual=0, channel_amax=layer.channel_amax)
 
 
-def plans_of(scheme: Scheme, layer: Layer) -> list[Plan]:
+def plans_of(scheme: Scheme, layer: Layer, before: Callable[[Float32], Float32]) -> list[Plan]:
     """A plan for each of three channel orders: as they are, the 16 of largest amax last, by mean square."""
     amax, k = layer.channel_amax, len(layer.energy)
     largest = np.argsort(amax, kind="stable")[k - BLOCK :]
@@ -136,7 +135,7 @@ def plans_of(scheme: Scheme, layer: Layer) -> list[Plan]:
     for order in orders:
         of = replace(natural(layer), order=order)
         w_hat = emulator.dequantize(augmented_weights(scheme, layer, of))
-        x = layer.x[:, order].astype(np.float32)
+        x = before(layer.x.astype(np.float32))[:, order]
         activation = error_energy(x - PLAIN["nvfp4"](x), w_hat, layer.tokens, layer.outputs)
         weight = error_energy(x, layer.weights[:, order] - w_hat, layer.tokens, layer.outputs)
         if scheme.residuals == "activations":

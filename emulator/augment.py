@@ -50,16 +50,17 @@ def augment_activations(
 
 def augment_weights(w: ArrayLike, selection: Selection, energy: ArrayLike | None = None) -> NVFP4Tensor:
     """(N, K) weights → (N, K'): the bytes of `arcquant_ref.augment_weights`, and its errors."""
+    w = checks.matrix_shape("w", w, BLOCK)
     checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     if energy is None and len(selection.weight_channels) == 0:
         return _augment("w", w, selection, None, _weight_rows)
-    w = checks.matrix_shape("w", w, BLOCK)
     checks.selection_fits("w", w.shape[1], selection.K)
+    scale = tensor_scale_for("w", w, bits_in("w", w), None)  # before the channels move: errors name them
     w, order, repaired = w[:, selection.order], selection.order, selection.weight_channels
     if energy is not None:
         energy = checks.channel_energy(energy, selection.K)
-    primary = quantize(w) if energy is None else quantize_weighted(w, energy[order])
-    scale, s = primary.tensor_scale, selection.num_residual
+    primary = quantize(w, scale) if energy is None else quantize_weighted(w, energy[order], scale)
+    s = selection.num_residual
     codes, block_scales = primary.codes, primary.block_scales
     if len(repaired):
         r = _residual(w, primary)[:, np.argsort(order)[repaired]]

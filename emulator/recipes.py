@@ -277,14 +277,15 @@ def augment(
 ) -> Produced:
     """Activations with residual channels as `recipe` makes them: (M, K + S), P … P, then P₀ R₀ P₁ R₁ ….
 
-    Arguments and errors as in `quantize`; ValueError for a recipe without residuals or a selection for
-    another K.
+    Arguments and errors as in `quantize`; ValueError for a recipe without residuals, or a selection for
+    another K or with weight channels.
     """
     if recipe.residual is None:
         arc = ", ".join(name for name, other in RECIPES.items() if other.residual)
         raise ValueError(f"recipe {recipe.name!r} has no residual channels; those that have: {arc}.")
     x, names = of_tensor(recipe, x, tensor_scale)
     checks.selection_fits("x", x.shape[1], selection.K)
+    checks.no_weight_channels("a recipe", len(selection.weight_channels))
     x = x[:, selection.order] if recipe.reorders else x
     codes, scales = _quantize_blocks(recipe, x, names)
     if selection.num_residual == 0:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from arcquant_ref import checks
 from arcquant_ref.select import Selection
 
 from . import launch
@@ -58,7 +59,12 @@ def matmul(a: PackedTensor, b: PackedTensor, exact: bool = True) -> Any:
 
 
 def order_of(selection: Selection, like: Any) -> Any:
-    """The channel order of a selection on the GPU, (K,) int32, in the library of `like`."""
+    """The channel order of a selection on the GPU, (K,) int32, in the library of `like`.
+
+    Raises TypeError for another type, ValueError for a selection with weight channels.
+    """
+    checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
+    checks.no_weight_channels("gpu", len(selection.weight_channels))
     return _device(like).upload(selection.order.astype(np.int32), "int32").owner
 
 

@@ -4,6 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from arcquant_ref import Selection
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
 
 SIGNIFICANT = [
@@ -72,6 +73,28 @@ def matrices(draw: st.DrawFn, max_rows: int = 3, blocks_along_k: int | None = No
     rows = draw(st.integers(1, max_rows))
     across = blocks_along_k or draw(st.integers(1, 4))
     return np.stack([np.concatenate([draw(blocks()) for _ in range(across)]) for _ in range(rows)])
+
+
+@st.composite
+def two_sided_layers(draw: st.DrawFn, max_rows: int = 3) -> tuple:
+    """Activations (M, K), weights (N, K), energy (K,) or None, a selection with any order, S and S_w."""
+    across = draw(st.integers(1, 4))
+    x, w = (draw(matrices(max_rows, across)) for _ in "xw")
+    order, weight_channels = (np.array(draw(st.permutations(range(across * BLOCK)))) for _ in "ab")
+    s, s_w = (BLOCK * draw(st.integers(0, across)) for _ in "ab")
+    selection = Selection(
+        order=order,
+        num_residual=s,
+        channel_amax=np.abs(x).max(axis=0),
+        weight_channels=weight_channels[:s_w],
+    )
+    return x, w, draw(st.one_of(st.none(), energies(across * BLOCK))), selection
+
+
+def energies(k: int) -> st.SearchStrategy[NDArray[np.float64]]:
+    """Means of squares of K channels: equal, apart by binades, zero in some."""
+    some = st.sampled_from([0.0, 1.0, 1.0, 0.25, 3.0, 1 / 3, 1e-6, 1e6])
+    return st.lists(some, min_size=k, max_size=k).map(np.array)
 
 
 tensor_scales = st.sampled_from([None, 1.0, 2.0**-126, 2.0**-10, 1 / 3, 0.0007, 12.5])

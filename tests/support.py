@@ -60,6 +60,13 @@ every_backend = pytest.mark.parametrize(
 )
 
 
+# What knows residuals of weights and searched block scales; gpu knows residuals of activations only
+TWO_SIDED = [name for name in usable_backends() if hasattr(backends.get(name), "quantize_weighted")]
+every_two_sided_backend = pytest.mark.parametrize(
+    "backend", [backends.get(name) for name in TWO_SIDED], ids=TWO_SIDED
+)
+
+
 def assert_same_tensor(got: NVFP4Tensor, expected: NVFP4Tensor) -> None:
     """Codes, block scales and tensor scale equal as bytes; a mismatch prints index, got, expected."""
     for part in ("codes", "block_scales"):

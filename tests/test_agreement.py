@@ -3,10 +3,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import stress
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from strategies import matrices, tensor_scales
+from strategies import matrices, tensor_scales, two_sided_layers
 from support import assert_same_tensor, neighbours
 
 import arcquant_ref
@@ -55,6 +56,116 @@ def test_same_bytes_from_other_dtypes(dtype, layer, tensor_scale):
         assert_same_tensor(emulator.augment_activations(bits, selection, tensor_scale), expected)
 
 
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(two_sided_layers(max_rows=5), tensor_scales)
+def test_same_bytes_with_weight_channels_and_searched_scales(dtype, layer, tensor_scale):
+    x, w, energy, selection = layer
+    with np.errstate(all="ignore"):
+        x, w = x.astype(dtype), w.astype(dtype)
+    for array in (x, w):
+        array[~np.isfinite(array.astype(np.float64))] = 1
+    calls = [
+        ("augment_activations", x, selection, tensor_scale),
+        ("augment_weights", w, selection),
+        ("augment_weights", w, selection, energy),
+    ]
+    if energy is not None:
+        calls.append(("quantize_weighted", w, energy, tensor_scale))
+        calls.append(("quantize_weighted", w, energy.astype(np.float32), tensor_scale))
+    for function, array, *arguments in calls:
+        expected = getattr(arcquant_ref, function)(array, *arguments)
+        assert_same_tensor(getattr(emulator, function)(array, *arguments), expected)
+        if dtype == ml_dtypes.bfloat16:
+            bits = array.view(np.uint16)
+            assert_same_tensor(getattr(emulator, function)(bits, *arguments), expected)
+
+
+@given(two_sided_layers(), st.sampled_from([1.0, 0.01]))
+def test_rmsnorm_gives_the_same_bytes_with_weight_channels(layer, tensor_scale):
+    x, w, _, selection = layer
+    x, weight = np.clip(x, -1e15, 1e15), np.clip(w[0], -100, 100)
+    arguments = x, weight, 1e-5, selection, tensor_scale
+    assert_same_tensor(
+        emulator.rmsnorm_augment_activations(*arguments), arcquant_ref.rmsnorm_augment_activations(*arguments)
+    )
+
+
+@pytest.mark.parametrize("name", stress.inputs())
+def test_same_searched_scales_on_stress_data(name):
+    x = w = stress.inputs()[name]
+    if x.dtype == np.uint16:
+        x = (x.astype(np.uint32) << 16).view(np.float32)
+    rng, k = np.random.default_rng(5), x.shape[1]
+    channels = rng.permutation(k)
+    selection = Selection(
+        order=channels[::-1], num_residual=16, channel_amax=calibrate([x]), weight_channels=channels[:48]
+    )
+    for energy in (np.ones(k), rng.lognormal(0, 5, k), 1.0 * (rng.random(k) < 0.2)):
+        for tensor_scale in (None, 1.0, 2.0**-126):
+            assert_same_tensor(
+                emulator.quantize_weighted(w, energy, tensor_scale),
+                arcquant_ref.quantize_weighted(x, energy, tensor_scale),
+            )
+        assert_same_tensor(
+            emulator.augment_weights(w, selection, energy), arcquant_ref.augment_weights(x, selection, energy)
+        )
+    assert_same_tensor(emulator.augment_weights(w, selection), arcquant_ref.augment_weights(x, selection))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 127, 129])
+def test_same_bytes_with_weight_channels_for_ragged_shapes(rows):
+    rng, k = np.random.default_rng(rows), 1040
+    x = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-30, 30, k))).astype(np.float32)
+    channels = rng.permutation(k)
+    selection = Selection(
+        order=channels[::-1], num_residual=48, channel_amax=calibrate([x]), weight_channels=channels[:624]
+    )
+    for function, *arguments in [
+        ("augment_activations",),
+        ("augment_weights",),
+        ("augment_weights", rng.random(2 * k)[::2]),  # every second number in memory
+    ]:
+        got, expected = (getattr(p, function)(x, selection, *arguments) for p in (emulator, arcquant_ref))
+        assert_same_tensor(got, expected)
+
+
+def test_both_refuse_in_the_same_words():
+    """The channel that an error names is one of w, not of what was gathered from it."""
+    x, channels = np.ones((3, 32), np.float32), np.arange(32)
+    selection = Selection(
+        order=channels[::-1], num_residual=16, channel_amax=x[0], weight_channels=channels[:16]
+    )
+    calls = [
+        ("augment_weights", x[:, :16], selection),
+        ("augment_weights", x[0], selection),
+        ("augment_weights", x[0], None),
+        ("augment_weights", x, None, np.ones(32)),
+        ("augment_activations", x[:, :16], selection),
+        ("quantize_weighted", x[0], np.ones(32)),
+        ("quantize_weighted", x, np.ones(32), 0.0),
+    ]
+    for energy in (np.ones(16), np.ones((1, 32)), np.full(32, np.nan), x[0] - 2, [1j] * 32, "energy"):
+        calls += [("quantize_weighted", x, energy), ("augment_weights", x, selection, energy)]
+        calls += [("augment_weights", x, select_top(x[0], 16), energy)]
+    for value in (np.nan, -np.inf, 1e39):
+        for channel in (7, 23):
+            bad = x.astype(np.float64)
+            bad[1, channel] = value
+            calls += [("quantize_weighted", bad, x[0], scale) for scale in (None, 1.0)]
+            calls += [("augment_weights", bad, selection, energy) for energy in (None, x[0])]
+            calls += [("augment_activations", bad, selection, scale) for scale in (None, 1.0)]
+    for function, *arguments in calls:
+        words = []
+        for package in (arcquant_ref, emulator):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                getattr(package, function)(*arguments)
+            words.append((caught.type, str(caught.value)))
+        assert words[0] == words[1]
+
+
 @given(
     arrays(
         np.uint8,
@@ -86,6 +197,22 @@ def test_same_bytes_where_the_block_scale_changes(tensor_scale):
     x = np.zeros((len(amax), BLOCK), np.float32)
     x[:, 3] = amax
     assert_same_tensor(emulator.quantize(x, tensor_scale), arcquant_ref.quantize(x, tensor_scale))
+
+
+@pytest.mark.parametrize("tensor_scale", [0.0007, 1 / 3, 1.7808476686477661, 2.0**-126 * 1.1])
+@pytest.mark.parametrize("steps", [8, 3.5])
+def test_same_bytes_where_a_search_begins_or_ends(tensor_scale, steps):
+    """The same for the first and the last scale; without energy the first one is taken."""
+    thresholds = (steps * E4M3.midpoints * np.float32(tensor_scale)).astype(np.float32)
+    amax = np.unique(neighbours(neighbours(thresholds)))
+    x = np.repeat(amax[:, None], BLOCK, axis=1)
+    for fraction in (1 / 16, 2 / 7, 3 / 7, 0.99):
+        x[:, 1:] = amax[:, None] * np.float32(fraction)
+        for energy in (np.zeros(BLOCK), 1.0 * (np.arange(BLOCK) > 0)):
+            assert_same_tensor(
+                emulator.quantize_weighted(x, energy, tensor_scale),
+                arcquant_ref.quantize_weighted(x, energy, tensor_scale),
+            )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129])

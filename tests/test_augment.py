@@ -1,5 +1,6 @@
 """The ARC identity, and every way to get a residual wrong."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import exact
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import matrices, tensor_scales
-from support import assert_same_tensor, every_backend
+from strategies import matrices, tensor_scales, two_sided_layers
+from support import assert_same_tensor, every_backend, every_two_sided_backend
 
 from arcquant_ref import (
     NVFP4Tensor,
@@ -37,16 +38,18 @@ def layers(draw):
 
 def naive_augment(x, selection, tensor_scale):
     """Column by column in rational arithmetic: what the method says, not how the package does it."""
-    s, codes, scales = selection.num_residual, [], []
+    order, again, codes, scales = selection.order.tolist(), selection.weight_channels.tolist(), [], []
+    plain = len(order) - selection.num_residual
+    channels = order[:plain] + again + order[plain:]
     ts = exact.Fraction(float(tensor_scale))
-    for row in x[:, selection.order]:
+    for row in x[:, channels]:
         row_codes, row_scales = [], []
-        for start in range(0, K, BLOCK):
+        for start in range(0, len(channels), BLOCK):
             block = row[start : start + BLOCK].tolist()
             primary, scale = exact.quantize_block(block, ts)
             row_codes += primary
             row_scales.append(scale)
-            if start >= K - s:
+            if start >= plain + len(again):
                 values = [exact.decode(c, scale) * ts for c in primary]
                 r = [exact.as_float(exact.Fraction(v) - value) for v, value in zip(block, values)]
                 residual, scale = exact.quantize_block(r, ts)
@@ -221,3 +224,140 @@ def test_duplicating_the_wrong_weight_columns_changes_the_product(backend, seed)
     a, b = backend.augment_activations(x, selection), backend.augment_weights(w, selection)
     wrong = beside_the_wrong_block(b, 32)
     assert (gemm.integer_matmul(a, b) != gemm.integer_matmul(a, wrong)).any()
+
+
+def naive_weights(w, selection, tensor_scale):
+    """Channel by channel in rational arithmetic; scales by amax / 6."""
+    order, repaired = selection.order.tolist(), selection.weight_channels.tolist()
+    plain, ts, rows = len(order) - selection.num_residual, exact.Fraction(float(tensor_scale)), []
+    for row in w.tolist():
+        residual, blocks = {}, []
+        for start in range(0, len(order), BLOCK):
+            channels = order[start : start + BLOCK]
+            codes, scale = exact.quantize_block([row[k] for k in channels], ts)
+            blocks.append((codes, scale))
+            for k, code in zip(channels, codes):
+                residual[k] = exact.as_float(exact.Fraction(row[k]) - exact.decode(code, scale) * ts)
+        repairs = [
+            exact.quantize_block([residual[k] for k in repaired[start : start + BLOCK]], ts)
+            for start in range(0, len(repaired), BLOCK)
+        ]
+        last = [block for block in blocks[plain // BLOCK :] for _ in range(2)]
+        rows.append(blocks[: plain // BLOCK] + repairs + last)
+    return NVFP4Tensor(
+        codes=np.uint8([[c for codes, _ in row for c in codes] for row in rows]),
+        block_scales=np.uint8([[scale for _, scale in row] for row in rows]),
+        tensor_scale=tensor_scale,
+    )
+
+
+@every_two_sided_backend
+@given(two_sided_layers(max_rows=2), tensor_scales)
+def test_both_operands_equal_the_rational_restatement(backend, layer, tensor_scale):
+    x, w, _, selection = layer
+    a, b = backend.augment_activations(x, selection, tensor_scale), backend.augment_weights(w, selection)
+    assert_same_tensor(a, naive_augment(x, selection, a.tensor_scale))
+    assert_same_tensor(b, naive_weights(w, selection, b.tensor_scale))
+    assert a.tensor_scale == backend.quantize(x, tensor_scale).tensor_scale  # a second copy changes no amax
+    assert b.tensor_scale == backend.quantize(w).tensor_scale
+
+
+def rounded_residual(x, q):
+    """x − value(q) with one rounding: as floats it fits float64 here, and then only once more."""
+    return np.float32(
+        [
+            [exact.as_float(exact.Fraction(float(v)) - exact.Fraction(u)) for v, u in zip(*rows)]
+            for rows in zip(x, exact_values_of(q))
+        ]
+    )
+
+
+@every_two_sided_backend
+@given(two_sided_layers(), tensor_scales)
+def test_the_identity_with_weight_residuals_holds_in_integers(backend, layer, tensor_scale):
+    """Y' = X̂ Ŵᵀ + R̂ˣₒ Ŵₒᵀ + X̂ᵥ R̂ʷᵥᵀ, no rounding anywhere; x̂ of a weight channel in its second place is
+    that of its neighbours there."""
+    x, w, energy, selection = layer
+    order, s, repaired = selection.order, selection.num_residual, selection.weight_channels
+    a, b = (
+        backend.augment_activations(x, selection, tensor_scale),
+        backend.augment_weights(w, selection, energy),
+    )
+    assert a.shape[1] == b.shape[1] == selection.augmented_K
+
+    def of_weights(part, channels, scale):
+        return (
+            backend.quantize(part, scale)
+            if energy is None
+            else backend.quantize_weighted(part, energy[channels], scale)
+        )
+
+    w_hat = of_weights(w[:, order], order, b.tensor_scale)
+    x_hat = backend.quantize(x[:, order], a.tensor_scale)
+    expected = gemm.integer_matmul(x_hat, w_hat)
+    if s:
+        last = order[-s:]
+        r_x = rounded_residual(x[:, last], backend.quantize(x[:, last], a.tensor_scale))
+        w_last = w_hat.map(lambda part: part[:, -(s * part.shape[1] // len(order)) :])
+        expected += gemm.integer_matmul(backend.quantize(r_x, a.tensor_scale), w_last)
+    if len(repaired):
+        r_w = rounded_residual(w[:, order], w_hat)[:, np.argsort(order)][:, repaired]
+        x_again = backend.quantize(x[:, repaired], a.tensor_scale)
+        expected += gemm.integer_matmul(x_again, of_weights(r_w, repaired, b.tensor_scale))
+    np.testing.assert_array_equal(gemm.integer_matmul(a, b), expected)
+
+
+@every_two_sided_backend
+def test_the_layout_of_two_sides_is_written_out(backend):
+    """K = 64, S = 32, weight channels those of block 3 and block 0: P0 P1, again P3 P0, then P2 R2 P3 R3; for
+    the weights W0 W1 R3 R0 W2 W2 W3 W3."""
+    x = np.repeat(np.float32([[1.1, 2.1, 3.1, 4.1]]), BLOCK, axis=1)
+    channels = np.arange(K)
+    selection = Selection(
+        order=channels,
+        num_residual=32,
+        channel_amax=x[0],
+        weight_channels=np.concatenate([channels[48:], channels[:16]]),
+    )
+    plain = backend.quantize(x, 0.01)
+    q = backend.augment_activations(x, selection, 0.01)
+    assert (
+        q.block_scales[0, [0, 1, 2, 3, 4, 6]].tolist() == plain.block_scales[0, [0, 1, 3, 0, 2, 3]].tolist()
+    )
+    b, plain = backend.augment_weights(x, selection), backend.quantize(x)
+    places = [0, 1, 4, 5, 6, 7]
+    assert b.block_scales[0, places].tolist() == plain.block_scales[0, [0, 1, 2, 2, 3, 3]].tolist()
+    r = rounded_residual(x, plain)
+    for place, block in ((2, 3), (3, 0)):
+        part = backend.quantize(r[:, 16 * block : 16 * block + 16], plain.tensor_scale)
+        assert b.codes[0, 16 * place : 16 * place + 16].tolist() == part.codes[0].tolist()
+        assert b.block_scales[0, place] == part.block_scales.item()
+
+
+@given(two_sided_layers(), tensor_scales)
+def test_merge_leaves_the_second_place_out(layer, tensor_scale):
+    """The same values as without weight channels, and they stay within their bounds."""
+    x, _, _, selection = layer
+    one_side = replace(selection, weight_channels=[])
+    q = augment_activations(x, selection, tensor_scale)
+    np.testing.assert_array_equal(
+        merge(q, selection), merge(augment_activations(x, one_side, tensor_scale), one_side)
+    )
+    assert bounds.check(x, q, selection).holds
+    np.testing.assert_array_equal(
+        bounds.element_bounds(x, q.tensor_scale, selection),
+        bounds.element_bounds(x, q.tensor_scale, one_side),
+    )
+
+
+@every_two_sided_backend
+@given(layer=two_sided_layers())
+def test_residuals_of_all_weights_leave_little(backend, layer):
+    """S_w = K: ŵ + r̂ʷ errs by at most what ARC leaves of an activation."""
+    _, w, _, selection = layer
+    selection = replace(selection, num_residual=0, weight_channels=selection.order)
+    b = backend.augment_weights(w, selection)
+    both = exact_values_of(b).reshape(len(w), 2, -1).sum(axis=1)
+    everything = replace(selection, num_residual=selection.K, weight_channels=[])
+    limit = bounds.element_bounds(w, b.tensor_scale, everything)[:, selection.order]
+    assert (np.abs(w[:, selection.order] - both) <= limit).all()

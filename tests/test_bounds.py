@@ -1,13 +1,18 @@
+from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import stress
 from hypothesis import example, given, target
 from hypothesis import strategies as st
-from strategies import matrices, tensor_scales
-from support import every_backend, finite_bf16, in_bfloat16, neighbours
+from strategies import matrices, tensor_scales, two_sided_layers
+from support import every_backend, every_two_sided_backend, finite_bf16, in_bfloat16, neighbours
 
 from arcquant_ref import (
+    NVFP4Tensor,
+    Selection,
     augment_activations,
     augment_weights,
     baselines,
@@ -18,6 +23,7 @@ from arcquant_ref import (
     matmul,
     prove,
     quantize,
+    quantize_weighted,
     select,
     select_top,
 )
@@ -313,3 +319,158 @@ def test_worst_reports_the_witness_and_nan_is_a_violation():
         got[0, 0] = violation
         assert bounds.worst(true, got, np.ones((2, 2))).worst_ratio == np.inf
     assert bounds.worst(true, true, np.zeros((2, 2))).worst_ratio == 0
+
+
+@every_two_sided_backend
+@given(two_sided_layers(), tensor_scales)
+def test_a_certificate_holds_with_residuals_of_weights(backend, layer, tensor_scale):
+    x, w, energy, selection = layer
+    x, w = np.clip(x, -1e6, 1e6), np.clip(w, -1e6, 1e6)
+    certificate = bounds.certify(x, w, selection, tensor_scale, energy)
+    a, b = (
+        backend.augment_activations(x, selection, tensor_scale),
+        backend.augment_weights(w, selection, energy),
+    )
+    check = certificate.check(backend.matmul(a, b))
+    target(check.worst_ratio)
+    assert check.holds, check
+    assert (certificate.tightness <= 1).all()
+    y = x.astype(np.float64) @ w.T.astype(np.float64)  # the same but for the order of at most 128 terms
+    np.testing.assert_allclose(certificate.y, y, atol=2 * certificate.accumulation.max(), rtol=0)
+
+
+@every_two_sided_backend
+@pytest.mark.parametrize("name", stress.inputs())
+def test_a_certificate_with_residuals_of_weights_holds_on_stress_data(backend, name):
+    x = stress.inputs()[name]
+    x = (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x.astype(np.float32)
+    x = np.clip(x, -1e15, 1e15)
+    w, k = x[::-1, ::-1], x.shape[1]
+    channels = np.random.default_rng(0).permutation(k)
+    for s, s_w in ((0, 16), (16, 32), (32, 64), (64, 64)):
+        selection = Selection(
+            order=np.argsort(channels),
+            num_residual=s,
+            channel_amax=calibrate([x]),
+            weight_channels=channels[:s_w],
+        )
+        for energy in (None, np.square(x, dtype=np.float64).mean(axis=0)):
+            a, b = backend.augment_activations(x, selection), backend.augment_weights(w, selection, energy)
+            check = bounds.certify(x, w, selection, energy=energy).check(backend.matmul(a, b))
+            assert check.holds, check
+
+
+def test_residuals_of_weights_shrink_the_weight_part():
+    """Of all channels, to less than a fifth, as 3/17 becomes 3/100; of a block more, to less."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((4, 64)), rng.standard_normal((5, 64))
+    parts = [
+        bounds.certify(x, w, replace(select_top(calibrate([x]), 16), weight_channels=np.arange(s_w))).weight
+        for s_w in (0, 16, 32, 48, 64)
+    ]
+    for fewer, more in pairwise(parts):
+        assert (more < fewer).all()
+    assert (parts[-1] < parts[0] / 5).all()
+
+
+def test_energy_without_a_selection_is_heard():
+    rng = np.random.default_rng(1)
+    x, w, energy = rng.standard_normal((4, 64)), rng.standard_normal((5, 64)), rng.random(64)
+    certificate = bounds.certify(x, w, energy=energy)
+    np.testing.assert_array_equal(certificate.y_hat, matmul(quantize(x), quantize_weighted(w, energy)))
+    assert (certificate.tightness <= 1).all()
+
+
+def test_a_second_place_has_no_residual_of_activations():
+    """It errs by as much as a first one without: x is a worst block, and the error of w in its first place
+    has the sign of ŵ, so that nearly all of the bound is used up."""
+    x, w, channels = np.zeros((1, 32)), np.zeros((2, 32)), np.arange(32)
+    x[0, :2] = prove.worst_block("NVFP4")
+    w[0, 1], w[1] = np.nextafter(np.float32(6 * 1.0625), np.float32(0)), 2688  # 6 + 6/16; tensor scale 1
+    selection = Selection(
+        order=channels, num_residual=16, channel_amax=np.ones(32), weight_channels=channels[:16]
+    )
+    certificate = bounds.certify(x, w, selection, 1)
+    assert 0.9999 < certificate.tightness[0, 0] <= 1
+    assert 0 < certificate.weight[0, 0] < 1e-5 * certificate.activation[0, 0]
+
+
+def without_weight_residuals(b: NVFP4Tensor, again: slice) -> NVFP4Tensor:
+    codes = b.codes.copy()
+    codes[:, again] = 0
+    return replace(b, codes=codes)
+
+
+def of_other_channels(b: NVFP4Tensor, again: slice) -> NVFP4Tensor:
+    """The residual of each block where the next one's belongs."""
+    return moved(
+        b,
+        np.concatenate(
+            [
+                np.arange(0, again.start),
+                np.roll(np.arange(again.start, again.stop), BLOCK),
+                np.arange(again.stop, b.shape[1]),
+            ]
+        ),
+    )
+
+
+def after_the_last_s(b: NVFP4Tensor, again: slice) -> NVFP4Tensor:
+    return moved(
+        b, np.concatenate([np.delete(np.arange(b.shape[1]), again), np.arange(again.start, again.stop)])
+    )
+
+
+def of_another_tensor_scale(b: NVFP4Tensor, again: slice) -> NVFP4Tensor:
+    """Quantized with a scale of its own, that of its amax, which the product does not know."""
+    r = exact_values(b)[:, again]
+    own = quantize(r)
+    codes, block_scales = b.codes.copy(), b.block_scales.copy()
+    codes[:, again], block_scales[:, again.start // BLOCK : again.stop // BLOCK] = own.codes, own.block_scales
+    return replace(b, codes=codes, block_scales=block_scales)
+
+
+def with_the_other_sign(b: NVFP4Tensor, again: slice) -> NVFP4Tensor:
+    codes = b.codes.copy()
+    codes[:, again] ^= 8
+    return replace(b, codes=codes)
+
+
+def moved(b: NVFP4Tensor, columns: np.ndarray) -> NVFP4Tensor:
+    return replace(b, codes=b.codes[:, columns], block_scales=b.block_scales[:, columns[::BLOCK] // BLOCK])
+
+
+@every_two_sided_backend
+@pytest.mark.parametrize(
+    "plant",
+    [
+        without_weight_residuals,
+        of_other_channels,
+        after_the_last_s,
+        of_another_tensor_scale,
+        with_the_other_sign,
+    ],
+)
+@pytest.mark.parametrize("searched", [False, True])
+def test_a_planted_bug_in_the_residuals_of_weights_breaks_a_certificate(backend, plant, searched):
+    """Activations that pick one channel each, all of them repaired, and weights of two channels each, the
+    second one at 5 of its steps: its residual is 3/17 of the first, the activations' bound 3/100 of both.
+    A search without energy loses even more. A last row makes the tensor scale 1."""
+    k = 64
+    amax, worst = prove.worst_block("NVFP4")
+    w = np.zeros((k + 1, k))
+    w[np.arange(k), np.arange(k)], w[np.arange(k), np.arange(k) ^ 1], w[k] = worst, amax, 2688
+    x = np.eye(k)
+    order = (np.random.default_rng(4).permutation(k // 2)[:, None] * 2 + [0, 1]).ravel()
+    selection = Selection(
+        order=order,
+        num_residual=k,
+        channel_amax=np.ones(k),
+        weight_channels=np.random.default_rng(5).permutation(k),
+    )
+    energy = np.zeros(k) if searched else None
+    a, b = backend.augment_activations(x, selection), backend.augment_weights(w, selection, energy)
+    certificate = bounds.certify(x, w, selection, energy=energy)
+    assert certificate.check(backend.matmul(a, b)).holds
+    wrong = plant(b, slice(0, k))  # S = K: the weight residuals come first
+    assert not certificate.check(backend.matmul(a, wrong)).holds

@@ -1,5 +1,6 @@
 """The sentences a user sees: argument, value, rule, way out; through every public door that meets it."""
 
+import dataclasses
 import re
 from fractions import Fraction
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import arcquant_ref as aq
-from arcquant_ref import NVFP4Tensor, Selection, baselines, bounds, layout
+from arcquant_ref import NVFP4Tensor, Selection, baselines, bounds, demo, layout
 
 GOOD = np.ones((2, 32), np.float32)
 SELECTION = aq.select_top(np.ones(32), 16)
@@ -17,6 +18,8 @@ MATRIX_DOORS = {
     "augment_activations": lambda x: aq.augment_activations(x, SELECTION),
     "augment_weights": lambda x: aq.augment_weights(x, SELECTION),
     "calibrate": lambda x: aq.calibrate([x]),
+    "augment_weights, searched": lambda x: aq.augment_weights(x, SELECTION, np.ones(32)),
+    "quantize_weighted": lambda x: aq.quantize_weighted(x, np.ones(32)),
     "linear": lambda x: aq.linear(x, GOOD, SELECTION),
     "linear, weights": lambda w: aq.linear(GOOD, w, SELECTION),
     "bounds.check": lambda x: bounds.check(x, aq.quantize(GOOD)),
@@ -154,6 +157,82 @@ def test_selection_parts_that_do_not_fit():
         Selection(order=np.arange(32.0), num_residual=0, channel_amax=np.ones(32))
     with pytest.raises(ValueError, match=r"selection was made for K=32 but channel_amax has K=48"):
         Selection(order=np.arange(32), num_residual=0, channel_amax=np.ones(48))
+
+
+WEIGHT_CHANNELS = {
+    "one too few": (np.arange(15), ValueError, "15 channels, 0 of them repeated and 0 outside 0 … 31"),
+    "one twice": (
+        np.r_[np.arange(15), 3],
+        ValueError,
+        "16 channels, 1 of them repeated and 0 outside 0 … 31",
+    ),
+    "one beyond": (np.arange(17, 33), ValueError, "16 channels, 0 of them repeated and 1 outside 0 … 31"),
+    "one before": (np.arange(16) - 1, ValueError, "16 channels, 0 of them repeated and 1 outside 0 … 31"),
+    "more than there are": (np.arange(48) % 32, ValueError, "48 channels, 16 of them repeated"),
+    "a matrix": (np.arange(32).reshape(2, 16), TypeError, r"has shape \(2, 16\) and dtype int64"),
+    "floats": (np.arange(16.0), TypeError, r"has shape \(16,\) and dtype float64"),
+    "a mask": (np.arange(32) < 16, TypeError, r"has shape \(32,\) and dtype bool"),
+    "none": (None, TypeError, r"has shape \(\) and dtype object"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_CHANNELS)
+def test_weight_channels(name):
+    channels, error, message = WEIGHT_CHANNELS[name]
+    with pytest.raises(
+        error, match=f"weight_channels has {message}" if error is ValueError else message
+    ) as caught:
+        Selection(order=np.arange(32), num_residual=0, channel_amax=np.ones(32), weight_channels=channels)
+    assert re.search(r"multiple of 16|list of channel numbers, integers", str(caught.value))
+
+
+ENERGY_DOORS = {
+    "quantize_weighted": lambda energy: aq.quantize_weighted(GOOD, energy),
+    "augment_weights": lambda energy: aq.augment_weights(GOOD, SELECTION, energy),
+    "bounds.certify": lambda energy: bounds.certify(GOOD, GOOD, SELECTION, energy=energy),
+    "bounds.certify, plain": lambda energy: bounds.certify(GOOD, GOOD, energy=energy),
+}
+
+
+@pytest.mark.parametrize("door", ENERGY_DOORS.values(), ids=ENERGY_DOORS)
+def test_energy(door):
+    for energy, message in [
+        (np.ones(16), r"energy has shape \(16,\); it must be \(32,\), one for each channel\. .*np\.mean"),
+        (np.ones((2, 32)), r"energy has shape \(2, 32\)"),
+        (1.0, r"energy has shape \(\)"),
+        (np.r_[np.ones(30), np.nan, -1], "energy is nan at index 30; it must be finite and not negative"),
+        (np.r_[np.ones(30), -1, np.inf], "energy is -1.0 at index 30"),
+        (np.r_[np.ones(30), np.inf, 1], "energy is inf at index 30"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            door(energy)
+    for energy in ([1j] * 32, ["1"] * 32, np.ones(32, bool)):
+        with pytest.raises(TypeError, match=r"energy has dtype .*; it must be 32 real numbers"):
+            door(energy)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+def test_energy_of_any_real_dtype(dtype):
+    x = np.random.default_rng(0).standard_normal((2, 32))
+    energy = np.arange(32) % 3
+    expected = aq.quantize_weighted(x, energy)
+    assert aq.quantize_weighted(x, energy.astype(dtype)).codes.tobytes() == expected.codes.tobytes()
+
+
+def test_the_demo_knows_residuals_of_activations_only():
+    selection = dataclasses.replace(SELECTION, weight_channels=np.arange(16))
+    with pytest.raises(ValueError, match="selection has 16 weight_channels, but the demo knows residuals of"):
+        demo.arc(GOOD, GOOD, selection)
+    assert demo.arc(GOOD, GOOD, dataclasses.replace(selection, weight_channels=[])).num_residual == 16
+
+
+def test_a_tensor_of_another_selection_is_not_merged():
+    two_sided = dataclasses.replace(SELECTION, weight_channels=np.arange(16))
+    q = aq.augment_activations(GOOD, SELECTION)
+    with pytest.raises(
+        ValueError, match=r"q has K=48, but a selection of 32 channels with 32 residuals makes 64"
+    ):
+        bounds.check(GOOD, q, two_sided)
 
 
 @pytest.mark.parametrize("door", [aq.select, lambda amax: aq.select_top(amax, 0)])
@@ -296,6 +375,11 @@ def test_nothing_is_changed_in_place():
     x = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
     before = x.tobytes()
     q = aq.augment_activations(x, SELECTION)
+    energy = np.square(x).mean(axis=0)
+    two_sided = dataclasses.replace(SELECTION, weight_channels=np.arange(16))
+    before_energy = energy.tobytes()
+    aq.quantize_weighted(x, energy), aq.augment_weights(x, two_sided, energy), bounds.certify(x, x, two_sided)
+    assert energy.tobytes() == before_energy
     aq.augment_weights(x, SELECTION), aq.dequantize(q), aq.matmul(q, q), bounds.check(x, q, SELECTION)
     baselines.mxfp8(x), baselines.int4(x)
     assert x.tobytes() == before

@@ -88,6 +88,23 @@ def test_select_quantize_dequantize_and_bounds_together(capsys):
     assert json.loads(run(capsys, "bounds x.npy --selection s.safetensors --json"))["holds"]
 
 
+def test_a_selection_with_weight_channels_is_taken(capsys):
+    np.save("x.npy", X)
+    k = X.shape[1]
+    selection = Selection(
+        order=np.arange(k)[::-1],
+        num_residual=16,
+        channel_amax=np.abs(X).max(axis=0),
+        weight_channels=range(16),
+    )
+    selection.save("s.safetensors")
+    for operand, augment in (("activations", aq.augment_activations), ("weights", aq.augment_weights)):
+        run(capsys, f"quantize x.npy --selection s.safetensors --operand {operand} -o q.safetensors")
+        assert_same_tensor(NVFP4Tensor.load("q.safetensors"), augment(X, selection))
+    assert json.loads(run(capsys, "bounds x.npy --selection s.safetensors --json"))["holds"]
+    assert json.loads(run(capsys, "bounds x.npy --weights x.npy --selection s.safetensors --json"))["holds"]
+
+
 def test_select_reads_batches_and_takes_rules(capsys):
     np.save("y.npy", 100 * X[:, ::-1])
     selected = json.loads(run(capsys, "select x.npy y.npy --tau 0.5 --multiple 32 --json"))

@@ -1,6 +1,7 @@
 """The whole face of gpu on its own PTX, interpreted, for a GPU with and one without the NVFP4 instruction;
 and on the GPU itself where there is one. Bytes equal those of reference and emulator."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import exact
@@ -385,6 +386,28 @@ def test_refuses_in_the_words_of_the_reference(face):
         assert refused(getattr(face, name), *arguments) == expected
         if name.startswith("rmsnorm"):
             assert refused(getattr(emulator, name), *arguments) == expected
+
+
+@on_every_device
+def test_residuals_of_weights_are_refused(face):
+    x, channels = np.ones((2, 32), np.float32), np.arange(32)
+    selection = Selection(order=channels, num_residual=16, channel_amax=x[0], weight_channels=channels[:16])
+    message = (
+        r"selection has 16 weight_channels, but gpu knows residuals of activations only\. Use arcquant_ref "
+        r"or emulator, or leave them out: dataclasses\.replace\(selection, weight_channels=\[\]\)\."
+    )
+    for call in (
+        lambda: face.augment_activations(x, selection),
+        lambda: face.augment_weights(x, selection),
+        lambda: face.rmsnorm_augment_activations(x, x[0], 0.1, selection, 1.0),
+        lambda: arrays.order_of(selection, x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="selection is a ndarray, not Selection"):
+        arrays.order_of(channels, x)
+    out = replace(selection, weight_channels=[])  # the way out works as printed
+    assert_same_tensor(face.augment_weights(x, out), arcquant_ref.augment_weights(x, out))
 
 
 @on_every_device

@@ -28,14 +28,18 @@ MUTANTS = [
     ("layout", "np.zeros(size, np.uint8)", "np.full(size, 255, np.uint8)"),  # padding
     ("tensor", "layout.pack(self.codes)", "layout.pack(self.codes[:, ::-1])"),
     ("quantize", "np.abs(x).max()\n", "x.max()\n"),  # signed tensor amax
-    ("quantize", "np.abs(blocks).max(axis=-1)", "blocks.max(axis=-1)"),  # signed block amax
+    ("quantize", "amax = np.abs(blocks).max(axis=-1)", "amax = blocks.max(axis=-1)"),  # signed block amax
     ("quantize", "amax / F32(E2M1.max) / scale", "amax / (F32(E2M1.max) * scale)"),  # order
     ("quantize", "amax / F32(E2M1.max) / scale", "amax * (F32(1) / F32(E2M1.max)) / scale"),
-    ("quantize", "blocks / step[..., None]", "blocks * (F32(1) / step[..., None])"),  # reciprocal
     (
         "quantize",
-        "blocks / step[..., None]",
-        "blocks / scale / decode(E4M3, block_scales)[..., None]",
+        "blocks / step[..., None]).reshape(",
+        "blocks * (F32(1) / step[..., None])).reshape(",
+    ),  # reciprocal
+    (
+        "quantize",
+        "blocks / step[..., None]).reshape(",
+        "blocks / scale / decode(E4M3, block_scales)[..., None]).reshape(",
     ),  # order
     ("quantize", "F32(E4M3.least_positive)", "F32(E4M3.least_normal)"),  # floor of other libraries
     ("quantize", "F32(E4M3.least_positive)", "F32(0)"),  # no floor
@@ -44,6 +48,24 @@ MUTANTS = [
     ("quantize", "        return F32(1)\n", "        return checks.LEAST_NORMAL\n"),  # all-zero tensor
     ("quantize", "(x - exact_values(q)).astype(np.float32)", "x - dequantize(q)"),  # residual rounded twice
     ("quantize", "(x - exact_values(q))", "(exact_values(q) - x)"),  # sign of the residual
+    ("quantize", "better = error < best_error", "better = error <= best_error"),  # of equals the largest
+    ("quantize", "(last - first).max()) + 1)", "(last - first).max()))"),  # one code short
+    ("quantize", "SEARCHED = 8.0,", "SEARCHED = 7.0,"),  # begins late
+    ("quantize", "float(E2M1.midpoints[-2])", "float(E2M1.magnitudes[-2])"),  # ends early
+    ("quantize", "amax / F32(m) / scale", "amax / (F32(m) * scale)"),  # order
+    ("quantize", "* difference[..., i] * energy[:, i]", "* difference[..., i]"),  # all channels alike
+    ("quantize", "* difference[..., i] * energy[:, i]", "* energy[:, i]"),  # not squared
+    (
+        "select",
+        "[self.order[:plain], self.weight_channels, self.order[plain:]]",
+        "[self.order, self.weight_channels]",
+    ),
+    (
+        "select",
+        "return self.K + self.num_residual + len(self.weight_channels)",
+        "return self.K + self.num_residual",
+    ),
+    ("select", '"version": "2"', '"version": "1"'),
     ("select", "(amax > checks", "(amax >= checks"),  # a channel at τ
     ("select", "np.float64(amax.max())", "amax.max()"),  # threshold in float32
     ("select", "-(-outliers // multiple) * multiple", "(outliers // multiple + 1) * multiple"),
@@ -61,7 +83,18 @@ MUTANTS = [
     ("layout", "+ s % TILE_COLS", "+ (s % TILE_COLS ^ 1)"),  # neighbouring scale bytes swapped
     ("layout", "row, s = np.arange(rows)[:, None]", "row, s = np.arange(rows)[::-1, None]"),  # index
     ("augment", "pairs.ravel()", "pairs.ravel(order='F')"),  # not interleaved
-    ("augment", 'quantize(reordered("w", w, selection))', "quantize(w)"),
+    ("augment", 'matching("w", w, selection)[:, selection.order], ', 'matching("w", w, selection), '),
+    ("augment", "quantize_weighted(w, energy[order])", "quantize_weighted(w, energy)"),  # energy out of order
+    ("augment", "(r, energy[repaired], scale)", "(r, energy[: len(repaired)], scale)"),
+    ("augment", "second = quantize(r, scale) if", "second = quantize(r) if"),  # a tensor scale of its own
+    ("augment", "[:, np.argsort(order)[repaired]]", "[:, repaired]"),  # channels taken for places
+    ("augment", "np.insert(block, plain, ", "np.insert(block, len(block), "),  # after the last S
+    ("augment", "r = residual(w, primary)", "r = 0 * residual(w, primary)"),
+    (
+        "augment",
+        "np.delete(values, np.s_[plain : plain + len(selection.weight_channels)], axis=1)",
+        "values[:, : selection.K]",
+    ),  # a weight channel for one of the last S
     ("gemm", "* UNIT**2  #", "* UNIT  #"),
     ("gemm", "if exact > nearest else", "if exact < nearest else"),
     ("gemm", "    for i in zip(*np.nonzero(low != high)):", "    for i in []:"),  # Ziv's test left out
@@ -103,9 +136,18 @@ BOUNDS_MUTANTS = [  # that only the emulator, or the proof, can tell
     (
         "bounds",
         BOUNDS,
-        "x_bounds = element_bounds(x, a.tensor_scale, selection)",
-        "x_bounds = element_bounds(x, a.tensor_scale)",
+        "bounds[:, first:] = arc_bound(amax[:, first:], tensor_scale)",
+        "bounds[:, first:] = nvfp4_bound(amax[:, first:], tensor_scale)",
     ),
+    (
+        "bounds",
+        BOUNDS,
+        "amax.shape[1] - selection.num_residual // BLOCK",
+        "(selection.K - selection.num_residual) // BLOCK",
+    ),  # a weight channel's second place promised a residual
+    ("bounds", BOUNDS, "remaining[:, repaired] -= w_hat[:, again]", "pass"),
+    ("bounds", BOUNDS, "columns[:, again] = w_hat[:, again]", "columns[:, again] = 0"),
+    ("bounds", BOUNDS, "quantize(w) if energy is None else quantize_weighted(w, energy)", "quantize(w)"),
     ("bounds", BOUNDS, "(true == got) | np.isinf(bound)", "true == got"),  # no bound is a violation
     ("bounds", BOUNDS, "np.where(unbounded, -1, ratio)", "ratio"),  # and may be called the worst
     ("bounds", PROOF, 'amax, side="right")', 'amax, side="left")'),  # a tie that goes to the larger scale
@@ -174,6 +216,42 @@ EMULATOR_MUTANTS = [
     ),  # overwrites
     ("augment", CODES, "residual_of(outliers,", "residual_of(tail,"),  # the next row's
     ("augment", CODES, "load(x[min(row + 1, last)], scratch)", "load(x[row], scratch)"),
+]
+EMULATOR_MUTANTS += [
+    ("quantize", CODES, "if error < least or", "if error <= least or"),  # of equals the largest
+    ("quantize", CODES, "range(first, last + 1)", "range(first, max(last, first + 1))"),  # one code short
+    ("quantize", CODES, "difference * difference * weights[i]", "difference * difference"),
+    ("quantize", CODES, "float_of(amax) / steps / tensor_scale", "float_of(amax) / (steps * tensor_scale)"),
+    ("augment", CODES, "quantize_weighted(w, energy[order], scale)", "quantize_weighted(w, energy, scale)"),
+    ("augment", CODES, "second = quantize(r, scale) if", "second = quantize(r) if"),
+    ("augment", CODES, "np.insert(codes, [selection.K - s], ", "np.insert(codes, [selection.K], "),
+    (
+        "augment",
+        CODES,
+        'scale = tensor_scale_for("w", w, bits_in("w", w), None)',
+        "scale = None",
+    ),  # other words
+]
+
+
+PLAN = "test_plan.py"
+PLAN_MUTANTS = [
+    (
+        "plan",
+        PLAN,
+        "self.energy[np.ix_(positions, positions)].sum()",
+        "np.diagonal(self.energy)[positions].sum()",
+    ),
+    ("plan", PLAN, ".sum(axis=1) - self.inside", ".sum(axis=1)"),  # a block without its pairs
+    ("plan", PLAN, "self.sums -= self.energy[:, positions].sum(axis=1)", "pass"),
+    ("plan", PLAN, "offers[1][0] > offers[0][0]", "offers[1][0] < offers[0][0]"),  # the worse side
+    ("plan", PLAN, 'kind="stable")[-BLOCK:]', 'kind="stable")[:BLOCK]'),  # the worst channels
+    ("plan", PLAN, 'chosen["activation"][::-1]', 'chosen["activation"]'),
+    ("plan", PLAN, "sum(cost * steps for", "sum(steps for"),  # cost ignored
+    ("plan", PLAN, "r + price * cost * np.arange", "r + price * np.arange"),
+    ("plan", PLAN, "if spent(choose(price)) <= budget", "if spent(choose(price)) < budget"),
+    ("plan", PLAN, "/ len(x) * (weighted_w", "* (weighted_w"),  # a sum, no mean
+    ("plan", PLAN, "(weighted_x.T @ x)", "(weighted_x.T @ weighted_x)"),  # weights squared
 ]
 
 
@@ -262,6 +340,7 @@ RUNS = {
 for package, mutants in (
     ("arcquant_ref", BOUNDS_MUTANTS),
     ("emulator", EMULATOR_MUTANTS),
+    ("arcquant_ref", PLAN_MUTANTS),
     ("arcquant_ref", COMPARE_MUTANTS),
 ):
     RUNS |= {
@@ -274,7 +353,7 @@ UNCHANGED = {  # or every mutant would be caught by the copying
     "unchanged emulator": (
         BOTH,
         *NOTHING,
-        [STEPS, PRODUCT, CODES, BOUNDS, PROOF, BASELINES, RECIPES, COMPARE],
+        [STEPS, PRODUCT, CODES, BOUNDS, PROOF, BASELINES, RECIPES, COMPARE, PLAN],
     ),
 }
 in_ci = pytest.mark.skipif(

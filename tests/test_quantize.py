@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import matrices, tensor_scales
-from support import assert_same_tensor, every_backend, finite_bf16, optional
+from strategies import energies, matrices, tensor_scales
+from support import assert_same_tensor, every_backend, every_two_sided_backend, finite_bf16, optional
 
 from arcquant_ref import dequantize, layout, quantize
 from arcquant_ref.formats import BLOCK, E2M1, E4M3, decode, encode
@@ -250,3 +250,161 @@ def test_residual_is_rounded_once_when_float64_cannot_hold_it():
                 q = quantize(x, tensor_scale)
                 exactly = Fraction(float(x[0, 3])) - Fraction(exact_values(q)[0, 3])
                 assert Fraction(float(residual(x, q)[0, 3])) == exact.fl(exactly)
+
+
+def tried(x: list[float], energy: list[float], tensor_scale: Fraction) -> list[tuple[int, Fraction, float]]:
+    """Of all 127 E4M3 codes those in range: the code, Σ energy · (x − x̂)² exactly, and in float64."""
+    a, results = max(abs(Fraction(v)) for v in x), []
+    low, high = (
+        exact.e4m3(max(exact.fl(exact.fl(a / steps) / tensor_scale), Fraction(1, 512)))
+        for steps in (8, Fraction(7, 2))
+    )
+    for code in range(127):
+        scale = exact.decode(2, code)
+        if low <= scale <= high:
+            step = exact.fl(scale * tensor_scale)
+            values = [exact.e2m1(exact.fl(Fraction(v) / step)) * scale * tensor_scale for v in x]
+            exactly = sum(Fraction(e) * (Fraction(v) - u) ** 2 for v, u, e in zip(x, values, energy))
+            computed = 0.0
+            for v, u, e in zip(x, values, energy):
+                difference = v - float(u)  # float(u) is exact: 30 significant bits
+                computed += difference * difference * e
+            results.append((code, exactly, computed))
+    return results
+
+
+# Each of 16 terms: the difference rounded once and squared, a product, another; then 15 sums. 19 roundings
+SUM_ROUNDING = Fraction(19, 2**53)
+
+
+def assert_the_best_scale(w, energy, q):
+    scale = Fraction(float(q.tensor_scale))
+    for row, codes, scales in zip(w, q.codes, q.block_scales):
+        for b, chosen in enumerate(scales):
+            block = slice(b * BLOCK, (b + 1) * BLOCK)
+            candidates = tried(row[block].tolist(), energy[block].tolist(), scale)
+            least = min(computed for _, _, computed in candidates)
+            assert chosen == next(code for code, _, computed in candidates if computed == least)
+            best = min(exactly for _, exactly, _ in candidates)
+            error = next(exactly for code, exactly, _ in candidates if code == chosen)
+            assert error <= best * (1 + SUM_ROUNDING) / (1 - SUM_ROUNDING)
+            if all(Fraction(computed) == exactly for _, exactly, computed in candidates):
+                assert chosen == next(code for code, exactly, _ in candidates if exactly == best)
+            step = exact.fl(exact.decode(2, int(chosen)) * scale)
+            expected = [exact.e2m1(exact.fl(Fraction(float(v)) / step)) for v in row[block]]
+            assert [exact.decode(int(c), 0x38) for c in codes[block]] == expected
+
+
+@st.composite
+def weights_and_energy(draw):
+    w = draw(matrices(max_rows=2))
+    return w, draw(energies(w.shape[1]))
+
+
+EQUAL = np.ones(BLOCK)
+ADVERSARIAL = {
+    "exact at 4 and at 6 steps": (np.full(BLOCK, 12.0), EQUAL, 1),
+    "all zero": (np.zeros(BLOCK), EQUAL, 1),
+    "all zero, negative": (np.full(BLOCK, -0.0), EQUAL, None),
+    "no energy": (np.linspace(-3, 5, BLOCK), 0 * EQUAL, None),
+    "energy in one channel": (np.linspace(-3, 5, BLOCK), 1.0 * (np.arange(BLOCK) == 3), 1),
+    "energy of the largest only": (np.r_[5.9, np.full(15, 0.3)], 1.0 * (np.arange(BLOCK) == 0), 1),
+    "no energy of the largest": (np.r_[5.9, np.full(15, 0.3)], 1.0 * (np.arange(BLOCK) > 0), 1),
+    "floored": (np.linspace(-0.011, 0.003, BLOCK), EQUAL, 1),
+    "floored, least tensor scale": (np.linspace(-1e-42, 3e-41, BLOCK), EQUAL, 2.0**-126),
+    "subnormal scales": (np.linspace(0.02, 0.09, BLOCK), EQUAL, 1),
+    "saturated": (np.linspace(-2700, 5000, BLOCK), EQUAL, 1),
+    "first scale saturated": (np.full(BLOCK, 448 * 8.0), EQUAL, 1),
+    "all scales saturated": (np.linspace(0, 3e38, BLOCK), EQUAL, 1),
+    "largest float32": (np.full(BLOCK, np.finfo(np.float32).max), EQUAL, None),
+    "energy near the end of float64": (np.linspace(-3, 5, BLOCK), 1e300 * EQUAL, 1),
+}
+
+
+@every_two_sided_backend
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_a_search_finds_the_best_scale_of_adversarial_blocks(backend, name):
+    w, energy, tensor_scale = ADVERSARIAL[name]
+    w = w.astype(np.float32)[None]
+    assert_the_best_scale(w, energy, backend.quantize_weighted(w, energy, tensor_scale))
+
+
+@every_two_sided_backend
+def test_of_equal_scales_a_search_takes_the_smallest(backend):
+    """12 is 6 steps of 2 and 4 steps of 3; nothing else from 12 / 8 to 12 / 3.5 holds it."""
+    w = np.full((1, BLOCK), 12.0, np.float32)
+    q = backend.quantize_weighted(w, EQUAL, 1)
+    assert (dequantize(q) == 12).all()
+    assert E4M3.values[q.block_scales].tolist() == [[2.0]]
+    unseen = backend.quantize_weighted(w, 0 * EQUAL, 1)
+    assert E4M3.values[unseen.block_scales].tolist() == [[1.5]]  # 12 / 8: without energy all are equal
+
+
+@every_two_sided_backend
+def test_sums_beyond_float64_are_equal(backend):
+    w = np.linspace(-3e38, 1e38, BLOCK, dtype=np.float32)[None]
+    q = backend.quantize_weighted(w, 1e300 * EQUAL, 1e35)
+    first, _, _ = tried(w[0].tolist(), EQUAL.tolist(), Fraction(float(q.tensor_scale)))[0]
+    assert q.block_scales.item() == first
+
+
+@every_two_sided_backend
+@given(layer=weights_and_energy(), tensor_scale=tensor_scales)
+def test_a_search_finds_the_best_scale(backend, layer, tensor_scale):
+    w, energy = layer
+    assert_the_best_scale(w, energy, backend.quantize_weighted(w, energy, tensor_scale))
+
+
+@every_two_sided_backend
+@pytest.mark.parametrize("tensor_scale", [1.0, 1 / 3, 0.0007])
+@pytest.mark.parametrize("steps", [8, 3.5])
+def test_a_search_begins_and_ends_at_these_scales(backend, tensor_scale, steps):
+    """amax an ulp around thresholds of the first or the last scale, where another order of divisions, or a
+    range that ends elsewhere, leaves out the best one."""
+    ts = np.float32(tensor_scale)
+    amax = around(np.unique(steps * E4M3.midpoints[8::3]) * ts, 1).ravel()
+    for fraction in (1 / 16, 2 / 7, 3 / 7, 0.99):
+        w = np.repeat(amax[:, None], BLOCK, axis=1)
+        w[:, 1:] *= np.float32(fraction)
+        assert_the_best_scale(
+            w, 1.0 * (np.arange(BLOCK) > 0), backend.quantize_weighted(w, np.r_[0.0, EQUAL[1:]], ts)
+        )
+
+
+@every_two_sided_backend
+@given(layer=weights_and_energy(), tensor_scale=tensor_scales)
+def test_a_search_is_never_worse_than_quantize(backend, layer, tensor_scale):
+    """Its scale, of amax / 6, is always among those tried: every rounding on the way is monotone."""
+    w, energy = layer
+    plain, best = backend.quantize(w, tensor_scale), backend.quantize_weighted(w, energy, tensor_scale)
+    errors = [
+        [
+            sum(Fraction(e) * (Fraction(float(v)) - Fraction(u)) ** 2 for v, u, e in zip(*block))
+            for block in blocks(w, q, energy)
+        ]
+        for q in (plain, best)
+    ]
+    for before, after in zip(*errors):
+        assert after <= before * (1 + SUM_ROUNDING) / (1 - SUM_ROUNDING)
+    for row, scales in zip(w, plain.block_scales):
+        for b, scale in enumerate(scales):
+            block = row[b * BLOCK : (b + 1) * BLOCK].tolist()
+            assert scale in [
+                code for code, _, _ in tried(block, EQUAL.tolist(), Fraction(float(plain.tensor_scale)))
+            ]
+
+
+def blocks(w, q, energy):
+    """(numbers, values, energies) of each block."""
+    for row, values in zip(w, exact_values(q)):
+        for b in range(0, len(row), BLOCK):
+            yield row[b : b + BLOCK], values[b : b + BLOCK], energy[b : b + BLOCK]
+
+
+@every_two_sided_backend
+@given(layer=weights_and_energy(), power=st.integers(-20, 20))
+def test_a_power_of_two_times_the_energy_changes_nothing(backend, layer, power):
+    w, energy = layer
+    assert_same_tensor(
+        backend.quantize_weighted(w, np.ldexp(energy, power)), backend.quantize_weighted(w, energy)
+    )

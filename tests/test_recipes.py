@@ -281,6 +281,12 @@ def test_errors():
         ValueError, match=r"recipe 'torchao' has no residual channels; those that have: arcquant_ref"
     ):
         recipes.augment(RECIPES["torchao"], np.ones((1, 16)), select_top(np.ones(16), 16))
+    two_sided = Selection(
+        order=np.arange(16), num_residual=16, channel_amax=np.ones(16), weight_channels=np.arange(16)
+    )
+    message = "selection has 16 weight_channels, but a recipe knows residuals of activations only"
+    with pytest.raises(ValueError, match=message):
+        recipes.augment(OURS, np.ones((1, 16)), two_sided)
     with pytest.raises(ValueError, match="selection was made for K=32 but x has K=16"):
         recipes.augment(OURS, np.ones((1, 16)), select_top(np.ones(32), 16))
     with pytest.raises(ValueError, match="x has K=15, which is not a multiple of the block size 16"):

@@ -77,13 +77,17 @@ template <bool RESIDUAL, class T>
 __device__ inline void augment(const T *x, int rows, int rows_each, int k, int s, const int *order,
                                const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
     int first_row = blockIdx.x * rows_each, filled = (rows + 127) / 128 * 128;
-    for (int row = first_row; row < min(first_row + rows_each, filled); row++)
-        fill_scales(row, rows, (k + s) / BLOCK, scales);
+    if ((k + s) / BLOCK % 4 != 0 || first_row + rows_each > rows) // rarely
+        for (int row = first_row; row < min(first_row + rows_each, filled); row++)
+            fill_scales(row, rows, (k + s) / BLOCK, scales);
     int rows_here = min(rows_each, rows - first_row);
     if (rows_here <= 0) return;
     const uint4 *source = reinterpret_cast<const uint4 *>(x + (size_t)first_row * k);
-    for (int i = threadIdx.x; i < rows_here * (k * (int)sizeof(T) / 16); i += blockDim.x)
-        cp_async16(shared_address(shared_row + i), source + i, 16);
+    int chunks = rows_here * (k * (int)sizeof(T) / 16), i = threadIdx.x, step = blockDim.x;
+    for (; i + 3 * step < chunks; i += 4 * step) // four at a time: a loop costs more than a copy
+#pragma unroll
+        for (int j = 0; j < 4; j++) cp_async16(shared_address(shared_row + i + j * step), source + i + j * step, 16);
+    for (; i < chunks; i += step) cp_async16(shared_address(shared_row + i), source + i, 16);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -136,9 +140,11 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
     augment_rows<true, F32>(blockIdx.x, 1, k, s, order, *tensor_scale, largest, codes, scales);
 }
 
-// 48 registers a thread, so that a multiprocessor has five thread blocks at once; the other two would spill.
+// Thread blocks at once: 48 registers a thread, where ptxas manages that without spilling.
+constexpr int AT_ONCE = __CUDA_ARCH__ < 1000 ? 5 : 4;
+
 #define AUGMENT(name, T)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(LANES, 5)                                                   \
+    extern "C" __global__ void __launch_bounds__(LANES, AT_ONCE)                                             \
         augment_activations_##name(const T *x, int rows, int rows_each, int k, int s, const int *order,      \
                                    const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {         \
         augment<true>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);                \

@@ -29,8 +29,9 @@ __device__ inline int chunk_offset(int row, int chunk) { return row * ROW_BYTES 
 __device__ inline int row_of_b(int i) { return blockIdx.y / 4 * 128 + i / 8 * 32 + blockIdx.y % 4 * 8 + i % 8; }
 
 // What a lane copies of each piece: a chunk of every eighth row of B, then of A, and 16 bytes of scales of each.
-// Instead of a row that is not there it takes row 0; what comes of it is not stored.
-template <int M> struct Copies {
+// Instead of a row that is not there it takes row 0; what comes of it is not stored. WHOLE: K is a multiple of 32;
+// else a row starts at a multiple of 8 bytes only.
+template <int M, bool WHOLE> struct Copies {
     static constexpr int COUNT = (ROWS + M) / 8;
     const u8 *b_codes, *a_codes, *b_scales, *a_scales; // of the first row
     u32 further[COUNT], to;                            // how far the others are, in pieces of a row
@@ -56,12 +57,11 @@ template <int M> struct Copies {
     __device__ void start(u32 stage, int piece) const {
         int lane = threadIdx.x % 32, step = piece * STEPS;
         int left = k / 2 - piece * ROW_BYTES - lane % 4 * 16; // bytes of a row from this chunk on
-        bool whole = k % 32 == 0;                             // else a row starts at a multiple of 8 bytes only
 #pragma unroll
         for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
             u32 at = stage + to + i * 8 * ROW_BYTES;
             const u8 *from = (i < ROWS / 8 ? b_codes : a_codes) + (u64)(further[i] + piece) * ROW_BYTES;
-            if (whole) {
+            if (WHOLE) {
                 cp_async16(at, from, left > 0 ? 16 : 0);
             } else {
                 cp_async8(at, from, left > 0 ? 8 : 0), cp_async8(at + 8, from + 8, left > 8 ? 8 : 0);
@@ -88,7 +88,7 @@ template <int M> struct Sums {
     __device__ void add_piece(const u8 *stage, u32 address) {
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         int to_a = chunk_offset(lane % 8, lane / 8 % 2), to_b = chunk_offset(lane % 16, lane / 16);
-#pragma unroll(M == 8 ? STEPS : 1) // with 16 rows ptxas would spill
+#pragma unroll(M == 8 || __CUDA_ARCH__ < 1000 ? STEPS : 1) // else ptxas would spill a register
         for (int step = 0; step < STEPS; step++) {
             // of rows g, g + 8, g + 16, g + 24
             uint4 four = *reinterpret_cast<const uint4 *>(stage + Stage<M>::b_scales + step * SCALES + g * 16);
@@ -163,27 +163,29 @@ template <int M> struct Sums {
     }
 };
 
-template <int M>
+template <int M, bool WHOLE>
 __device__ inline void small(const Operand &a, const Operand &b, float scale, float *y) {
     int pieces = (a.tiles() + STEPS - 1) / STEPS, warp = threadIdx.x / 32;
     int mine = warp * STAGES * Stage<M>::bytes;
     const u8 *stages = reinterpret_cast<const u8 *>(shared) + mine;
     u32 to = shared_address(shared) + mine;
 
-    const Copies<M> copies(a, b);
+    const Copies<M, WHOLE> copies(a, b);
     Sums<M> warp_sums;
     for (int s = 0; s < STAGES - 1; s++) {
         if (warp + WARPS * s < pieces) copies.start(to + s * Stage<M>::bytes, warp + WARPS * s);
         cp_async_commit();
     }
-    u32 s = 0;
-    for (int piece = warp; piece < pieces; s = (s + 1) % STAGES, piece += WARPS) {
+    constexpr u32 last = (STAGES - 1) * Stage<M>::bytes;
+    u32 read = 0, filled = last; // stages
+    for (int piece = warp; piece < pieces; piece += WARPS) {
         cp_async_wait<STAGES - 2>(); // this piece has arrived, of this lane's copies
         __syncwarp();                // of all; and no lane reads the piece before any more
         int next = piece + WARPS * (STAGES - 1);
-        if (next < pieces) copies.start(to + (s + STAGES - 1) % STAGES * Stage<M>::bytes, next);
+        if (next < pieces) copies.start(to + filled, next);
         cp_async_commit();
-        warp_sums.add_piece(stages + s * Stage<M>::bytes, to + s * Stage<M>::bytes);
+        warp_sums.add_piece(stages + read, to + read);
+        filled = read, read = read == last ? 0 : read + Stage<M>::bytes;
     }
     cp_async_wait<0>();
     __syncthreads(); // the stages are free for the sums
@@ -205,8 +207,13 @@ __device__ inline void small(const Operand &a, const Operand &b, float scale, fl
         gemm_small_##M(const u8 *a_codes, const u8 *a_scales, const float *a_tensor_scale,                   \
                        const u8 *b_codes, const u8 *b_scales, const float *b_tensor_scale, int m, int n,     \
                        int k, float *y) {                                                                    \
-        small<M>({a_codes, a_scales, m, k}, {b_codes, b_scales, n, k},                                       \
-                 __fmul_rn(*a_tensor_scale, *b_tensor_scale), y);                                            \
+        const Operand a = {a_codes, a_scales, m, k}, b = {b_codes, b_scales, n, k};                          \
+        float scale = __fmul_rn(*a_tensor_scale, *b_tensor_scale);                                           \
+        if (k % 32 == 0) {                                                                                   \
+            small<M, true>(a, b, scale, y);                                                                  \
+        } else {                                                                                             \
+            small<M, false>(a, b, scale, y);                                                                 \
+        }                                                                                                    \
     }
 SMALL(8)
 SMALL(16)
