@@ -27,6 +27,7 @@ from . import evaluate, texts
 from .formats import BLOCK, Float32, Float64
 from .model import WEIGHTS, Llama, find_weights
 from .model_results import fingerprint, paired
+from .plan import Plan
 from .schemes import SCHEMES, Layer, Quantized, Scheme, plans_of, quantized, selections
 from .select import TAU, select
 from .tensor import written_whole
@@ -271,13 +272,19 @@ def studied() -> list[Scheme]:
 
 def prepared(scheme: Scheme, layers: list[Layer]) -> dict[str, Quantized]:
     """Site → its layers under a scheme that neither rotates nor smooths."""
-    chosen = selections(
-        scheme, layers, lambda: [plans_of(scheme, layer) for layer in tqdm(layers, "plans", disable=None)]
-    )
+
+    def plans() -> list[list[Plan]]:
+        return [plans_of(scheme, layer, _unchanged) for layer in tqdm(layers, "plans", disable=None)]
+
+    chosen = selections(scheme, layers, plans)
     return {
-        layer.name: quantized(scheme, layer, lambda x: x, selection)
+        layer.name: quantized(scheme, layer, _unchanged, selection)
         for layer, selection in zip(tqdm(layers, "weights", leave=False, disable=None), chosen)
     }
+
+
+def _unchanged(x: Float32) -> Float32:
+    return x
 
 
 def batch_losses(
