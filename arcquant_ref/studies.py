@@ -146,6 +146,7 @@ STATISTICS = [
     Statistic(SAME, np.argmin),
     Statistic("tokens where one of the S channels is its block's largest", np.argmin),
     Statistic(OVERLAP, np.argmin),
+    Statistic("as many random channels would overlap", np.argmax),
     Statistic("overlap of the channels above τ · max", np.argmin),
     Statistic(CAUGHT, np.argmin),
 ]
@@ -221,13 +222,16 @@ def within(x: NDArray[np.float16]) -> dict[str, float]:
 
 def between(first: Float32, second: Float32) -> dict[str, float]:
     """What two channel amaxes of a site have in common."""
-    outliers, chosen = above_tau(second), selected(first)
+    outliers, chosen, others = above_tau(second), selected(first), selected(second)
+    shares = len(chosen) / len(first), len(others) / len(second)
+    together = sum(shares) - np.prod(shares)
     values = (
-        jaccard(chosen, selected(second)),
+        jaccard(chosen, others),
+        float(np.prod(shares) / together),
         jaccard(above_tau(first), outliers),
         float(np.isin(outliers, chosen).mean()),
     )
-    return {s.what: round(v, 4) for s, v in zip(STATISTICS[-len(values) :], values)}
+    return {s.what: round(float(v), 4) for s, v in zip(STATISTICS[-len(values) :], values)}
 
 
 def profile(channel_amax: Float32) -> list[list[float]]:
@@ -245,9 +249,8 @@ def activations_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         found = [row for row in rows if statistic.what in row]
         yield statistic.what
         for of in dict.fromkeys(row["of"] for row in found):
-            yield f"  {of:<40}" + "".join(
-                _mean_and_worst(statistic, kind, [row for row in found if row["of"] == of]) for kind in KINDS
-            )
+            of_it = [row for row in found if row["of"] == of]
+            yield f"  {of:<40}" + "".join(_mean_and_worst(statistic, kind, of_it) for kind in KINDS).rstrip()
 
 
 def _mean_and_worst(statistic: Statistic, kind: str, rows: list[dict[str, Any]]) -> str:
