@@ -289,6 +289,33 @@ def run_moe(args: argparse.Namespace) -> None:
     print(moe_report.report(moe.MixtureOfExperts.load(args.output)))
 
 
+def run_study(args: argparse.Namespace) -> None:
+    _require_suffix(args.output, ".json")
+    _require_suffix(args.plot, ".png")
+    if args.plot and args.name != "activations":
+        raise ValueError(f"--plot draws the study `activations`, not {args.name!r}; leave it out.")
+    if args.show and args.output is None:
+        raise ValueError("--show prints the table of FILE.json; name it with -o FILE.json.")
+    backends.get("emulator")  # or the reason why not
+    try:
+        from . import studies
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
+    if args.show:
+        results = studies.read(args.output, args.name)
+    else:
+        results = studies.run(args.name, args.windows, args.model)
+    if args.output and not args.show:
+        studies.save(results, args.output)
+    print(studies.table(results))
+    if args.plot:
+        from .plots import activations_figure
+
+        figure = activations_figure(results["rows"])
+        with written_whole(args.plot) as file:
+            figure.savefig(file, format="png", dpi=100)
+
+
 def run_compare(args: argparse.Namespace) -> int:
     if len(args.tensors) > 2 or (len(args.tensors) == 1 and args.input is None):
         raise ValueError(
@@ -511,6 +538,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--scheme", action="append", metavar="LABEL", help="only this scheme; may be repeated")
     p.add_argument("--show", action="store_true", help="print the table of FILE.json, run nothing")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw loss against width")
+
+    p = command("study", run_study, "what residual channels stand on, in a language model (minutes)")
+    p.add_argument(
+        "name",
+        choices=["activations", "lengths", "shift"],
+        help="which channels are large, and where; other lengths and batches than calibrated; other texts",
+    )
+    p.add_argument("--windows", type=int, default=8, metavar="N", help="of 512 tokens, for each setting")
+    p.add_argument("--model", type=Path, metavar="PATH", help="GGUF or a folder of safetensors, not SmolLM2")
+    p.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the figures")
+    p.add_argument("--show", action="store_true", help="print the table of FILE.json, run nothing")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the study `activations`")
 
     p = command(
         "moe", run_moe, "train a small mixture of experts for `arcquant model`: use, stability, routes"

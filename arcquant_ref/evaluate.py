@@ -111,10 +111,23 @@ def observed(model: Llama, linear: Callable[[str, Tensor, Tensor], Tensor]) -> I
 
 def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized] | None = None) -> Float64:
     """Mean loss of each (length,) window, with these layers quantized; (count,) float64."""
+    found = []
+    with quantizing(model, layers):
+        for window in tqdm(windows, "windows", leave=False, disable=None):
+            ids = torch.from_numpy(window)
+            found.append(float(F.cross_entropy(model.logits(ids)[:-1], ids[1:])))
+    return np.array(found)
+
+
+@contextmanager
+def quantizing(model: Llama, layers: dict[str, Quantized] | None) -> Iterator[None]:
+    """The model with the layers of all sites quantized; as it is with none."""
+    if not layers:
+        yield
+        return
     where = {n: (site, i) for site, names in sites(model).items() for i, n in enumerate(names)}
     parts: dict[str, list[Tensor]] = {}
-    layers = layers or {}
-    for site, names in sites(model).items() if layers else ():
+    for site, names in sites(model).items():
         rows = [len(model.weights[f"{name}.weight"]) for name in names]
         parts[site] = list(torch.from_numpy(layers[site].weights).split(rows))
     made: dict[str, Any] = {"x": None}
@@ -122,15 +135,12 @@ def losses(model: Llama, windows: NDArray[np.int64], layers: dict[str, Quantized
     def linear(name: str, x: Tensor, w: Tensor) -> Tensor:
         site, i = where[name]
         if made["x"] is not x:
-            made.update(x=x, activations=torch.from_numpy(layers[site].activations(x.numpy())))
+            quantized_x = torch.from_numpy(layers[site].activations(x.flatten(0, -2).numpy()))
+            made.update(x=x, activations=quantized_x.unflatten(0, x.shape[:-1]))
         return made["activations"] @ parts[site][i].T
 
-    found = []
-    with observed(model, linear if layers else model.linear):
-        for window in tqdm(windows, "windows", leave=False, disable=None):
-            ids = torch.from_numpy(window)
-            found.append(float(F.cross_entropy(model.logits(ids)[:-1], ids[1:])))
-    return np.array(found)
+    with observed(model, linear):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

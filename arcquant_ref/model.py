@@ -40,7 +40,7 @@ def find_weights() -> Path:
 
 
 class Llama:
-    """A Llama-family decoder, one sequence at a time. Replace `linear` to observe or quantize a layer."""
+    """A Llama-family decoder. Replace `linear` to observe or quantize a layer."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Read `path`, a GGUF file or a folder with config.json, tokenizer.json and *.safetensors.
@@ -84,13 +84,14 @@ class Llama:
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
-        """(T,) token ids → (T, vocabulary) logits, float32, without gradients."""
+        """(T,) token ids → (T, vocabulary) logits, float32, without gradients; or (B, T), B sequences of one
+        length, which every layer reads together."""
         return self.forward(tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The same with gradients of the weights that ask for them, where the caller has them on."""
         x = self.weights["token_embd.weight"][tokens]
-        rotation = self._rotation(len(tokens))
+        rotation = self._rotation(tokens.shape[-1])
         for layer in range(int(self.field("block_count"))):
             x = x + self._attention(layer, self._norm(f"blk.{layer}.attn_norm", x), rotation)
             x = x + self._mlp(layer, self._norm(f"blk.{layer}.ffn_norm", x))
@@ -122,9 +123,12 @@ class Llama:
         def rotate(y: Tensor) -> Tensor:  # the rows of Q and K are pairs of neighbours
             return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
-        q, k, v = (y.transpose(0, 1) for y in (rotate(heads("q")), rotate(heads("k")), heads("v")))
-        mixed = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-        return self._apply(f"blk.{layer}.attn_output", mixed.transpose(0, 1).flatten(-2))
+        def sequences(y: Tensor) -> Tensor:  # (B, heads, T, size), where B = 1 if there is no such axis
+            return y.reshape(-1, *y.shape[-3:]).transpose(1, 2)
+
+        q, k, v = (sequences(y) for y in (rotate(heads("q")), rotate(heads("k")), heads("v")))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self._apply(f"blk.{layer}.attn_output", mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         gated = F.silu(self._apply(f"blk.{layer}.ffn_gate", x)) * self._apply(f"blk.{layer}.ffn_up", x)

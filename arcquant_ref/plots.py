@@ -5,7 +5,10 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -21,6 +24,7 @@ from .sample import Layer
 from .select import TAU, calibrate, select, select_top
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"  # Okabe and Ito's colour-blind-safe set
+GREEN, BLACK = "#009E73", "#000000"
 
 
 def show(figure: Figure, alt: str) -> None:
@@ -167,6 +171,56 @@ def _width_curves(axes: Axes, schemes: dict[str, Any], text: str) -> None:
 def is_plain(scheme: dict[str, Any]) -> bool:
     """Neither rotated nor smoothed."""
     return scheme["rotation"] == "none" and scheme["smoothing"] is None
+
+
+KINDS = {
+    "attn_in": (BLUE, "o"),
+    "attn_out": (ORANGE, "^"),
+    "ffn_in": (GREEN, "s"),
+    "ffn_down": (BLACK, "D"),
+}  # kinds of site in a model
+
+
+def activations_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Rows of `arcquant study activations`: sorted channel amax of every layer by kind of site; by depth, the
+    first token, the usual largest channel, kurtosis and what two texts select in common."""
+    from . import studies
+
+    figure = Figure(figsize=(14, 7.4), layout="constrained")
+    above, below = figure.subplots(2, len(KINDS))
+    text = studies.TEXTS[0]
+    own = [row for row in rows if row["of"] == text]
+    depth = Normalize(0, max(int(row["site"].split(".")[1]) for row in own))
+    for axes, kind in zip(above, KINDS):
+        for row in (row for row in own if row["site"].endswith(f".{kind}")):
+            shade = colormaps["cividis"](depth(int(row["site"].split(".")[1])))
+            axes.loglog(*np.transpose(row["profile"]), color=shade, linewidth=1)
+        axes.set(title=kind, xlabel="rank of the channel")
+        axes.sharey(above[0])
+    above[0].set_ylabel("channel amax / median channel's")
+    figure.colorbar(ScalarMappable(depth, "cividis"), ax=above, label="block of the model", pad=0.01)
+    pair = f"{text} - {studies.TEXTS[2]}"
+    panels = (
+        (studies.FIRST, text, "first token's amax / the others'", "log"),
+        (studies.BLOCK_KURTOSIS, text, "mean kurtosis of 16 neighbours", "linear"),
+        (studies.SAME, text, "tokens with the usual largest in a block", "linear"),
+        (studies.OVERLAP, pair, f"Jaccard of S channels, {pair}", "linear"),
+    )
+    for axes, (what, of, label, scale) in zip(below, panels):
+        for kind, (color, marker) in KINDS.items():
+            values, blocks = studies.by_depth([row for row in rows if row["of"] == of], kind, what)
+            axes.plot(blocks, values, color=color, marker=marker, markersize=4, linewidth=1, label=kind)
+        axes.set(xlabel="block of the model", ylabel=label, yscale=scale)
+    for axes in below[2:]:
+        axes.set_ylim(0, 1.02)
+    below[1].axhline(GAUSSIAN_16, color=GREY, linestyle="--", label="16 Gaussian values")
+    handles, labels = below[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(f"Which channels are large: by rank (above) and by depth (below), {text}")
+    return figure
+
+
+GAUSSIAN_16 = 3 * (BLOCK - 1) / (BLOCK + 1)  # mean kurtosis of 16 independent Gaussian values
 
 
 def growth_figure(rows: Sequence[Row]) -> Figure:
