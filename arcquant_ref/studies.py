@@ -35,7 +35,7 @@ from .tensor import written_whole
 LENGTH = 512  # tokens of a window, unless lengths are the question
 SCHEMES_STUDIED = "ARC, τ = 1/8, searched scales", "two-sided, 1.10, searched scales"
 TEXTS = tuple(texts.PROVENANCE)
-KINDS = tuple(evaluate.SITES)
+KINDS = tuple(SITES)
 
 
 def run(name: str, windows: int, path: Path | None = None) -> dict[str, Any]:
