@@ -25,7 +25,7 @@ import emulator
 
 from . import evaluate, texts
 from .formats import BLOCK, Float32, Float64
-from .model import WEIGHTS, Llama, find_weights
+from .model import SITES, WEIGHTS, Llama, find_weights
 from .model_results import fingerprint, paired
 from .plan import Plan
 from .schemes import SCHEMES, Layer, Quantized, Scheme, plans_of, quantized, selections
