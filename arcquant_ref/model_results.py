@@ -63,10 +63,12 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a file of `arcquant model -o`.") from error
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], against: str = "float32") -> str:
     """What was read, and a line a scheme: width K'/K, bits of x and w, and for each text perplexity and the
-    loss above float32's with its paired standard error."""
+    loss above that of `against` with its paired standard error. ValueError for an unknown scheme."""
     schemes, texts = results["schemes"], results["texts"]
+    if against not in schemes:
+        raise ValueError(f"--against {against!r} is none of {', '.join(map(repr, schemes))}.")
     lines = [f"{key}: {value}" for key, value in results["settings"].items()]
     for name, text in texts.items():
         lines.append(f"text {name}: {text['windows']} x {text['length']} tokens, {text['provenance']}")
@@ -76,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
     for label, held in schemes.items():
         line = f"{label:<46}{held['width']:>7.3f}{held['bits'][0]:>7.2f}{held['bits'][1]:>6.2f}"
         for text in texts:
-            found, base = held["losses"].get(text), schemes[FULL_PRECISION]["losses"].get(text)
+            found, base = held["losses"].get(text), schemes[against]["losses"].get(text)
             line += f"   {_cell(found, base) if found and base else '':>25}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -71,6 +71,14 @@ def test_the_table_has_perplexity_and_the_paired_difference(held):
     assert paired([2, 4], [1, 1]) == (2.0, 1.0)
 
 
+def test_differences_from_another_scheme(held, capsys):
+    assert cli.main(["model", "-o", str(held), "--show", "--against", "NVFP4"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("float32 "))
+    assert line.split()[5:] == ["-0.2000", "±", "0.0577"]
+    assert cli.main(["model", "-o", str(held), "--show", "--against", "NVFP5"]) == 2
+    assert "--against 'NVFP5' is none of 'float32', 'NVFP4'" in capsys.readouterr().err
+
+
 def test_fingerprints_tell_windows_apart():
     a = np.arange(6).reshape(2, 3)
     assert fingerprint(a) == fingerprint(a.copy()) != fingerprint(a[::-1])
