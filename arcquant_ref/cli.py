@@ -538,7 +538,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--scheme", action="append", metavar="LABEL", help="only this scheme; may be repeated")
     p.add_argument("--show", action="store_true", help="print the table of FILE.json, run nothing")
     p.add_argument(
-        "--against", default="float32", metavar="LABEL", help="differences from this scheme's loss"
+        "--against", default="float32", metavar="LABEL", help="differences from this scheme"
     )
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw loss against width")
 
