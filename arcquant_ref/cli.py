@@ -537,9 +537,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--length", type=int, default=512, help="tokens of a window")
     p.add_argument("--scheme", action="append", metavar="LABEL", help="only this scheme; may be repeated")
     p.add_argument("--show", action="store_true", help="print the table of FILE.json, run nothing")
-    p.add_argument(
-        "--against", default="float32", metavar="LABEL", help="differences from this scheme"
-    )
+    p.add_argument("--against", default="float32", metavar="LABEL", help="differences from this scheme")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw loss against width")
 
     p = command("study", run_study, "what residual channels stand on, in a language model (minutes)")
