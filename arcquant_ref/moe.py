@@ -192,7 +192,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = PEAK * min(1, (step + 1) / WARMUP) * (1 + np.cos(np.pi * step / steps)) / 2
         starts = torch.randint(len(ids) - LENGTH, (WINDOWS,), generator=chance)
-        found = [_descend(model, ids[start : start + LENGTH]) for start in starts.tolist()]
+        with _repeatable():
+            found = [_descend(model, ids[start : start + LENGTH]) for start in starts.tolist()]
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -211,6 +212,17 @@ def initial(config: dict[str, float], chance: torch.Generator) -> MixtureOfExper
         normal = torch.randn(shape, generator=chance) * deviation
         weights[name] = (normal if len(shape) == 2 else torch.ones(shape)).requires_grad_()
     return MixtureOfExperts(config, weights)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Sums over indices in a fixed order: without it two threads add them as they come."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _descend(model: MixtureOfExperts, ids: Tensor) -> float:
