@@ -15,6 +15,8 @@ ExponentRule = Callable[[Float64, FloatFormat], NDArray[np.int64]]
 INT4_GROUP = 128  # neighbours along K that share one float32 scale
 INT4_MAX = 7  # symmetric: −8 is not used
 MXFP8_BITS = E4M3.bits + E8M0.bits / MX_BLOCK
+MXFP4_BITS = E2M1.bits + E8M0.bits / MX_BLOCK
+INT4_BITS = 4 + 32 / INT4_GROUP
 
 
 def ceiling_exponent(amax: Float64, fmt: FloatFormat) -> NDArray[np.int64]:

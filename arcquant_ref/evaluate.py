@@ -59,6 +59,8 @@ def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
             x[site][rows] = inputs[names[0]].half().numpy()
             squares[site] += squared.sum(dim=0).numpy()
             tokens[site][rows] = squared.sum(dim=1).numpy()
+    for site in where:
+        _refuse_beyond_float16(site, x[site][: seen[site]])
     return [
         Layer(
             name=site,
@@ -68,6 +70,14 @@ def calibrate(model: Llama, windows: NDArray[np.int64]) -> list[Layer]:
         )
         for site in where
     ]
+
+
+def _refuse_beyond_float16(site: str, x: NDArray[np.float16]) -> None:
+    if not np.isfinite(x).all():
+        raise ValueError(
+            f"{(~np.isfinite(x)).sum()} calibration inputs of {site} are NaN or beyond float16, in which "
+            f"they are kept (65504). Calibrate on another text, or check the model's weights."
+        )
 
 
 def _inputs(x: NDArray[np.float16], tokens: Float32) -> dict[str, Any]:

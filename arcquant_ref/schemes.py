@@ -14,22 +14,15 @@ from numpy.typing import NDArray
 import emulator
 
 from .augment import block_order
-from .baselines import hadamard, smoothing
-from .formats import BLOCK, Float32, Float64
+from .baselines import INT4_BITS, MXFP4_BITS, MXFP8_BITS, hadamard, smoothing
+from .formats import BLOCK, NVFP4_BITS, Float32, Float64
 from .plan import Plan, error_energy, plan, share
 from .select import Selection, select, select_top
 from .tensor import NVFP4Tensor
 
 Format = Literal["exact", "nvfp4", "searched", "four over six", "mxfp8", "mxfp4", "int4"]
-BITS = {
-    "exact": 16.0,
-    "nvfp4": 4.5,
-    "searched": 4.5,
-    "four over six": 4.5,
-    "mxfp8": 8.25,
-    "mxfp4": 4.25,
-    "int4": 4.125,
-}
+BITS = {"exact": 16.0} | dict.fromkeys(("nvfp4", "searched", "four over six"), NVFP4_BITS)
+BITS |= {"mxfp8": MXFP8_BITS, "mxfp4": MXFP4_BITS, "int4": INT4_BITS}
 PLAIN: dict[str, Callable[[Float32], Float32]] = {
     "exact": lambda x: x,
     "nvfp4": lambda x: emulator.dequantize(emulator.quantize(x)),
@@ -44,7 +37,7 @@ PLAIN: dict[str, Callable[[Float32], Float32]] = {
 class Scheme:
     """One row of the comparison.
 
-    residuals  none; "tau": the paper's rule; "top": the `size` channels of largest amax of each layer;
+    residuals  none; "tau": the paper's rule; "top": the `size` channels of largest amax of a layer, or all;
                "two-sided": a plan, whose extra columns cost `size` times the plain products of all layers;
                "activations": the same, but only activations are repaired
     rotation   size of the Hadamard blocks that x and w are multiplied with; "full": the largest that fits

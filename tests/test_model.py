@@ -135,3 +135,12 @@ def test_logits_equal_transformers(model):
         f"largest logit difference to transformers {transformers.__version__}: {difference:.1e} (256 tokens)"
     )
     assert difference < 1e-3  # of logits up to 30, float32 sums in another order
+
+
+def test_inputs_beyond_float16_are_refused_by_name():
+    optional("torch")
+    from arcquant_ref.evaluate import _refuse_beyond_float16
+
+    _refuse_beyond_float16("blk.3.ffn_down", np.float16([[65504, -65504]]))
+    with pytest.raises(ValueError, match=r"2 calibration inputs of blk\.3\.ffn_down are NaN"):
+        _refuse_beyond_float16("blk.3.ffn_down", np.float16([[np.inf, 1, np.nan]]))
