@@ -21,6 +21,7 @@ from arcquant_ref.schemes import (
     selections,
     transformed,
 )
+from arcquant_ref.select import select_top
 
 BY_LABEL = {scheme.label: scheme for scheme in SCHEMES}
 NVFP4_PRODUCTS = [s for s in SCHEMES if s.activations == "nvfp4" and s.weights in ("nvfp4", "searched")]
@@ -84,18 +85,20 @@ def test_whole_layers_of_the_model_compute_the_augmented_product():
             assert_is_the_augmented_product(BY_LABEL[label], layer, 64)
 
 
-@pytest.mark.parametrize("label", ["4/6, ARC τ, searched scales", "4/6, two-sided, 1.19, searched"])
-def test_four_over_six_with_residuals_has_the_layout_of_the_weights(label):
-    """Primary and residual parts multiplied one by one: the same sum."""
-    _, of, selection, q = ready(BY_LABEL[label], made_layer())
-    x, s = of.x[:8].astype(np.float32), selection.num_residual
-    assert s > 0
+@pytest.mark.parametrize("of_weights", [0, 32])
+def test_four_over_six_with_residuals_has_the_layout_of_the_weights(of_weights):
+    """Primary and residual parts multiplied one by one: the same sum. With 48 residual channels there are
+    pairs to interleave; one block of 16 would lie as it is."""
+    scheme, of = BY_LABEL["4/6, two-sided, 1.19, searched"], made_layer()
+    weight_channels = np.arange(of_weights)
+    selection = replace(select_top(of.channel_amax, 48), weight_channels=weight_channels)
+    q, s, x = quantized(scheme, of, lambda x: x, selection), 48, of.x[:8].astype(np.float32)
     primary = emulator.four_over_six(x[:, selection.columns])
     values = exact_values(primary)
     r = emulator.quantize(
         x[:, selection.columns][:, -s:] - values[:, -s:].astype(np.float32), primary.tensor_scale
     )
-    first, last = split(augmented_weights(BY_LABEL[label], of, selection), s)
+    first, last = split(augmented_weights(scheme, of, selection), s)
     want = values @ exact_values(first).T + exact_values(r) @ exact_values(last).T
     got = q.activations(x).astype(np.float64) @ q.weights.T
     np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-20 * np.abs(want).max())
