@@ -5,7 +5,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -63,12 +64,18 @@ def run_demo(args: argparse.Namespace) -> int:
     return int(any(max(row.element_ratio, row.output_ratio) > 1 for group in rows for row in group))
 
 
+@contextmanager
+def _packages_of_the_model() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
+
+
 def run_sample(args: argparse.Namespace) -> None:
     _require_suffix(args.output, ".npz")
-    try:
+    with _packages_of_the_model():
         layers = sample.capture(args.output)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}. The model needs more packages: pip install -e ".[model]"') from error
     print(f"wrote {args.output} ({args.output.stat().st_size:,} bytes): {', '.join(layers)}")
 
 
@@ -253,11 +260,13 @@ def run_model(args: argparse.Namespace) -> None:
         unknown = [label for label in args.scheme or () if label not in labels]
         if unknown:
             raise ValueError(f"--scheme {unknown[0]!r} is none of {', '.join(map(repr, labels))}.")
+        for name in ("windows", "calibration_windows", "length"):
+            if getattr(args, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} {getattr(args, name)} must be at least 1.")
         wanted = [s for s in SCHEMES if not args.scheme or s.label in [*args.scheme, labels[0]]]
-        try:
+        with _packages_of_the_model():
             from .evaluate import Reading, run
-        except ModuleNotFoundError as error:
-            raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
         reading = Reading(
             model=args.model,
             calibration=args.calibration,
@@ -279,10 +288,8 @@ def run_model(args: argparse.Namespace) -> None:
 def run_moe(args: argparse.Namespace) -> None:
     _require_suffix(args.output, ".safetensors")
     backends.get("emulator")  # or the reason why not
-    try:
+    with _packages_of_the_model():
         from . import moe, moe_report, texts
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
     if not args.show:
         documents = [d for part in texts.PARTS[:2] for d in texts.documents("wikipedia", part)]
         moe.train(documents, args.steps).save(args.output)
@@ -297,10 +304,8 @@ def run_study(args: argparse.Namespace) -> None:
     if args.show and args.output is None:
         raise ValueError("--show prints the table of FILE.json; name it with -o FILE.json.")
     backends.get("emulator")  # or the reason why not
-    try:
+    with _packages_of_the_model():
         from . import studies
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{error}. A model needs more packages: pip install -e ".[model]"') from error
     if args.show:
         results = studies.read(args.output, args.name)
     else:

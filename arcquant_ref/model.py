@@ -142,12 +142,6 @@ class Llama:
             tokens = torch.cat([tokens, self.logits(tokens)[-1].argmax()[None]])
         return self.decode(tokens[start:])
 
-    def perplexity(self, text: str, windows: int, length: int = 512) -> float:
-        """exp of the mean loss over the first `windows` · `length` tokens, each window read on its own."""
-        chunks = self.encode(text)[: windows * length].reshape(windows, length)
-        losses = [F.cross_entropy(self.logits(chunk)[:-1], chunk[1:]) for chunk in chunks]
-        return float(torch.stack(losses).mean().exp())
-
     def layer_inputs(self, text: str, count: int, names: list[str]) -> dict[str, np.ndarray]:
         """The inputs (count, K) of the named linear layers over the first `count` tokens of `text`."""
         inputs: dict[str, np.ndarray] = {}

@@ -54,7 +54,9 @@ class Comparison:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `arcquant model -o` wrote. ValueError for another file."""
+    """What `arcquant model -o` wrote. FileNotFoundError for none, ValueError for another file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. `arcquant model -o {path}` makes it.")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         assert results.keys() == {"settings", "texts", "schemes"}
@@ -93,9 +95,11 @@ def _cell(found: list[float], base: list[float]) -> str:
 
 
 def paired(found: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the difference of two schemes' losses over the same windows."""
+    """Mean and standard error of the difference of two schemes' losses over the same windows; one window has
+    no standard error, NaN."""
     difference = np.asarray(found) - np.asarray(base)
-    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else np.nan
+    return float(difference.mean()), float(error)
 
 
 def fingerprint(windows: NDArray[np.int64]) -> str:

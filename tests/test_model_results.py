@@ -62,6 +62,20 @@ def test_a_foreign_file_is_refused(tmp_path, capsys):
     (tmp_path / "x.json").write_text("[]")
     assert cli.main(["model", "-o", str(tmp_path / "x.json"), "--show"]) == 2
     assert "is not a file of `arcquant model -o`" in capsys.readouterr().err
+    assert cli.main(["model", "-o", str(tmp_path / "none.json"), "--show"]) == 2
+    assert "none.json does not exist. `arcquant model -o" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--windows", "--calibration-windows", "--length"])
+def test_no_windows_are_refused_by_their_option(tmp_path, capsys, option):
+    assert cli.main(["model", "-o", str(tmp_path / "r.json"), option, "0"]) == 2
+    assert f"{option} 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_one_window_has_no_standard_error():
+    mean, error = paired([2.0], [1.5])
+    assert mean == 0.5
+    assert np.isnan(error)
 
 
 def test_the_table_has_perplexity_and_the_paired_difference(held):
