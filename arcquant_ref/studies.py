@@ -457,7 +457,7 @@ def shift_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     for scheme in dict.fromkeys(row["scheme"] for row in rows):
         found = {(r["calibration"], r["windows"], r["evaluation"]): r for r in rows if r["scheme"] == scheme}
         part = min(windows for _, windows, _ in found)
-        heads = [f"calibrated on {t}" for t in TEXTS] + [f"{part} windows of its own"]
+        heads = [f"calibrated on {t}" for t in TEXTS] + [f"{part} of its own windows"]
         yield from ("", f"{scheme}: loss above float32, and below it above calibrating on the text itself")
         yield f"{'evaluated on':<14}" + "".join(f"{head:>26}" for head in heads)
         for t in TEXTS:
