@@ -21,6 +21,7 @@ import re
 from bisect import bisect
 from collections import ChainMap, Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -95,7 +96,9 @@ class Module:
             )
         shared = [(address, size or shared_bytes) for address, size in entry.arrays.values()]
         ran = np.zeros(len(entry.statements), np.int64)
-        launch = Launch(entry, code_of(entry), grid, block, arguments(entry, args), memory, shared, ran)
+        values, added_to = arguments(entry, args), accumulators(entry)
+        code = code_of(entry, added_to)
+        launch = Launch(entry, code, grid, block, values, memory, shared, ran, added_to)
         memory.launches += 1
         blocks, at_once = np.arange(prod(grid)), max(1, THREADS_AT_ONCE // (-(-prod(block) // WARP) * WARP))
         with np.errstate(all="ignore"):
@@ -106,16 +109,44 @@ class Module:
             executed[statement.opcode] += threads
 
 
-def code_of(kernel: Kernel) -> list[Callable[[Batch, list[str]], int | None]]:
-    """The functions that run its statements."""
+Code = Callable[[Batch, list[str]], int | None]
+
+
+def code_of(kernel: Kernel, added_to: set[int]) -> list[Code]:
+    """The functions that run its statements. Those that use accumulators and are no wgmma say so first."""
     code = []
     for s in kernel.statements:
         function = meaning(s.opcode)
         if function is None:
             why = f"{s.opcode} is an opcode, or has a modifier, that is not known here"
-            raise Unsupported(f"{kernel.name}, PTX line {s.line} {s.source}: {s.text}\n{why}.")
+            raise unsupported(kernel, s, why)
+        touched = added_to.intersection(s.registers.values())
+        if touched and not s.opcode.startswith("wgmma"):
+            function = partial(touching, touched, function)
         code.append(function)
     return code
+
+
+def touching(numbers: set[int], function: Code, batch: Batch, operands: list[str]) -> int | None:
+    batch.touch(numbers)
+    return function(batch, operands)
+
+
+def accumulators(kernel: Kernel) -> set[int]:
+    """The registers that wgmma adds to, by number."""
+    places: dict[int, tuple[str, int]] = {}
+    for s in kernel.statements:
+        if s.opcode.startswith("wgmma.mma_async"):
+            for place, name in enumerate(re.findall(r"[%\w$]+", s.operands[0])):
+                number, here = s.registers.get(name), (s.opcode, place)
+                if number is None or places.setdefault(number, here) != here:
+                    why = f"{name} is not a register, or is one of another shape or place in D elsewhere"
+                    raise unsupported(kernel, s, why)
+    return set(places)
+
+
+def unsupported(kernel: Kernel, s: Statement, why: str) -> Unsupported:
+    return Unsupported(f"{kernel.name}, PTX line {s.line} {s.source}: {s.text}\n{why}.")
 
 
 def arguments(kernel: Kernel, args: Sequence[Buffer | np.generic]) -> dict[str, Array]:

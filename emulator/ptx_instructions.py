@@ -25,7 +25,7 @@ from .formats import (
     u8,
     u32,
 )
-from .ptx_machine import DTYPES, EXITED, WARP, Array, BadAccess, Batch, Copies, bits_in_type
+from .ptx_machine import DTYPES, EXITED, FENCED, WARP, WARPGROUP, Array, BadAccess, Batch, bits_in_type
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
 f16, u16, u64, i64 = np.float16, np.uint16, np.uint64, np.int64
@@ -337,24 +337,19 @@ def _cp_async(batch: Batch, o: list[str], cache: str) -> None:
         batch.access(watch.READ, "global", lanes, source[chosen], part, width)
         values[chosen, :size] = part
     batch.access(watch.COPY, "shared", batch.lanes, to, values)
-    batch.copies.append(Copies(batch.lanes, to, batch.groups[batch.lanes], width))
+    batch.copies.issue(batch.lanes, to, width)
 
 
 @instruction(r"cp\.async\.commit_group")
 def _commit(batch: Batch, o: list[str]) -> None:
-    batch.groups[batch.lanes] += 1
+    batch.copies.committed[batch.lanes] += 1
 
 
 @instruction(r"cp\.async\.wait_group")
 def _wait(batch: Batch, o: list[str]) -> None:
     """All but the last groups, as many as the operand says, have arrived."""
-    done, in_flight = np.where(batch.mask, batch.groups - batch.number(o[0]), 0), []
-    for lanes, where, groups, width in batch.copies:
-        landed = groups < done[lanes]
-        watch.land(batch.spaces["shared"], where[landed], lanes[landed], batch.stamps["shared"], width)
-        if not landed.all():
-            in_flight.append(Copies(lanes[~landed], where[~landed], groups[~landed], width))
-    batch.copies = in_flight
+    for lanes, where, _, width in batch.copies.wait(batch.lanes, batch.number(o[0])):
+        watch.land(batch.spaces["shared"], where, lanes, batch.stamps["shared"], width)
 
 
 # Where to go on
@@ -512,3 +507,76 @@ def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
         return nvfp4_warps(a, b, *(x.view(u8).reshape(len(x), -1, 4) for x in scales), c)
 
     mma(batch, o, codes_in, multiply)
+
+
+# Tensor cores that read shared memory, and go on beside the threads. PTX ISA, Asynchronous Warpgroup Level
+# Matrix Multiply-Accumulate Instructions.
+
+
+@instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
+def _fence_proxy(batch: Batch, o: list[str]) -> None:
+    watch.fence(batch.spaces["shared"], batch.mask, batch.stamps["shared"])
+
+
+@instruction(r"wgmma\.fence\.sync\.aligned")
+def _wgmma_fence(batch: Batch, o: list[str]) -> None:
+    batch.whole_warpgroups()
+    for last in batch.accumulators.values():
+        last[batch.lanes] = np.maximum(last[batch.lanes], FENCED)
+
+
+@instruction(r"wgmma\.commit_group\.sync\.aligned")
+def _wgmma_commit(batch: Batch, o: list[str]) -> None:
+    batch.whole_warpgroups()
+    batch.products.committed[batch.lanes] += 1
+
+
+@instruction(r"wgmma\.wait_group\.sync\.aligned")
+def _wgmma_wait(batch: Batch, o: list[str]) -> None:
+    batch.whole_warpgroups()
+    space = batch.spaces["shared"]
+    for lanes, where, _, width in batch.products.wait(batch.lanes, batch.number(o[0])):
+        watch.multiplied(space, where, lanes, batch.stamps["shared"], width)
+    for lanes, where, _, width in batch.products.in_flight:  # they may read the same bytes
+        watch.multiply(space, where, lanes, width)
+
+
+def rows_in_shared(batch: Batch, descriptor: str, rows: int) -> Array:
+    """(warpgroups, rows, 16) halves. Matrix Descriptor Format: address / 16 in bits 0-13; in 32-45 how far
+    eight rows lie apart, / 16; mode of swizzling in 62-63. With 128-byte swizzling a row begins every 128
+    bytes, and bits 4-6 of an address are XORed with bits 7-9. Bits 16-29 are not used then."""
+    bits = batch.same(descriptor, "u64").astype(i64)
+    first = (bits & 0x3FFF) << 4
+    if (bits >> 32 != 1 << 30 | 1024 >> 4).any() or (first % 1024 > 128 - 32).any():
+        raise batch.unsupported(
+            f"{descriptor} must have 128-byte swizzling (1 in bits 62-63), stride 1024 (64 in bits 32-45), 0 "
+            "in the other upper bits, and a start that is a multiple of 1024 plus 0 to 96"
+        )
+    plain = first[:, None, None] + 128 * np.arange(rows)[:, None] + np.array([0, 16])
+    where, lanes = (plain ^ (plain >> 7 & 7) << 4).ravel(), batch.lanes[::WARPGROUP].repeat(2 * rows)
+    halves = np.empty((len(where), 16), u8)
+    batch.access(watch.MULTIPLY, "shared", lanes, where, halves)
+    watch.multiply(batch.spaces["shared"], where, lanes, 16)
+    batch.products.issue(lanes, where, 16)
+    return halves.view(np.int16).reshape(-1, rows, 16)
+
+
+@instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.f16\.f16")
+def _wgmma(batch: Batch, o: list[str], columns: str) -> None:
+    """D, descriptors of A and B, whether D is added, 1, 1, 0, 0. Four warps have 16 rows of A and D each, and
+    multiply them with 8 rows of B at a time, as mma.m16n8k16 does. D is computed now; who uses it before the
+    wait is stopped."""
+    batch.whole_warpgroups()
+    n = int(columns)
+    if n not in range(8, 257, 8) or o[4:] != ["1", "1", "0", "0"]:
+        raise batch.unsupported("N is a multiple of 8 up to 256, operands are neither negated nor transposed")
+    names, added = batch.names(o[0], n // 2), batch.same(o[3], "pred").repeat(4)
+    batch.accumulate(names)
+    a = rows_in_shared(batch, o[1], 64).reshape(-1, 16, 16)
+    b = rows_in_shared(batch, o[2], n).reshape(-1, n // 8, 8, 16)
+    for tile in range(n // 8):
+        registers = names[4 * tile : 4 * tile + 4]
+        c = matrix_of_c(over_lanes(batch, ",".join(registers), 4)).view(f32)
+        d = half_warps(a, b[:, tile].repeat(4, axis=0), np.where(added[:, None, None], c, f32(0)), FP16)
+        for name, register in zip(registers, registers_of_d(d)):
+            batch.set(name, register)

@@ -5,7 +5,7 @@ branch meet again behind it. Every instruction sees the same order on every run.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -19,10 +19,11 @@ from .ptx_memory import Memory
 
 Array = NDArray[Any]
 Dim = tuple[int, int, int]
-WARP = 32
+WARP, WARPGROUP = 32, 128
 EXITED, SPLIT = 1 << 40, -1  # instead of a program counter: the thread is done; threads go on at several
 MOST_STEPS = 10_000_000  # takes a minute; a kernel that needs more does not end
 UNSET = 0xA5  # bytes of a register that nothing was written to
+TOUCHED, FENCED = -2, -1  # accumulators: used since the last wgmma.fence, or not; else the group that adds
 DTYPES = {"pred": np.dtype(bool), "f16": np.dtype(np.float16), "f32": np.dtype(f32)}
 for _bits in (8, 16, 32, 64):
     DTYPES |= {f"s{_bits}": np.dtype(f"i{_bits // 8}")}
@@ -42,15 +43,15 @@ class BadAccess(PtxError):
 
 
 class Uninitialized(PtxError):
-    """A read of bytes that nobody wrote, or any access to bytes that a cp.async still copies."""
+    """A read of bytes that nobody wrote; any use of what a cp.async still copies, or a wgmma computes."""
 
 
 class Race(PtxError):
-    """Two threads, one byte, no barrier in between."""
+    """Two threads, one byte, no barrier in between. Or wgmma, and no fence or wait in between."""
 
 
 class Divergence(PtxError):
-    """A barrier, or an instruction of whole warps, that some of its threads do not reach."""
+    """A barrier, or an instruction of whole warps or warpgroups, that some of its threads do not reach."""
 
 
 FINDINGS = {
@@ -60,8 +61,22 @@ FINDINGS = {
     watch.NOT_WAITED_FOR: (Uninitialized, "a cp.async still copies byte {byte} of it: no wait came before"),
     watch.WAS_WRITTEN: (Race, "{other} wrote byte {byte} of it, and no barrier lies in between"),
     watch.WAS_READ: (Race, "{other} read byte {byte} of it, and no barrier lies in between"),
+    watch.NOT_FENCED: (
+        Race,
+        "{other} wrote byte {byte} of it, and no fence.proxy.async of its own and barrier lie in between",
+    ),
+    watch.STILL_MULTIPLIED: (
+        Race,
+        "a wgmma.mma_async still reads byte {byte} of it: no wgmma.wait_group came before",
+    ),
 }
-VERBS = {watch.READ: "reads", watch.WRITE: "writes", watch.ATOMIC: "updates", watch.COPY: "copies to"}
+VERBS = {
+    watch.READ: "reads",
+    watch.MULTIPLY: "multiplies",
+    watch.WRITE: "writes",
+    watch.ATOMIC: "updates",
+    watch.COPY: "copies to",
+}
 
 
 class Statement(NamedTuple):
@@ -102,15 +117,39 @@ class Launch(NamedTuple):
     memory: Memory
     shared: list[tuple[int, int]]  # arrays in shared memory: address, bytes
     ran: NDArray[np.int64]  # by how many threads each statement was run
+    accumulators: set[int]  # numbers of the registers that wgmma adds to
 
 
-class Copies(NamedTuple):
-    """cp.async of some threads, in flight."""
+class InFlight(NamedTuple):
+    """Accesses to shared memory that some threads issued."""
 
     lanes: Array
-    addresses: Array  # in shared memory
+    addresses: Array
     groups: Array  # numbers of the groups, each thread counting its own
     width: int
+
+
+class Groups:
+    """What runs beside the threads: each commits what it issued as a group, and waits for its groups."""
+
+    def __init__(self, threads: int) -> None:
+        self.committed, self.done = np.zeros(threads, np.int64), np.zeros(threads, np.int64)  # by each
+        self.in_flight: list[InFlight] = []
+
+    def issue(self, lanes: Array, addresses: Array, width: int) -> None:
+        self.in_flight.append(InFlight(lanes, addresses, self.committed[lanes], width))
+
+    def wait(self, lanes: Array, but: int) -> list[InFlight]:
+        """For all groups of these threads but the last few: what is in flight no more."""
+        self.done[lanes] = np.maximum(self.done[lanes], self.committed[lanes] - but)
+        before, self.in_flight = self.in_flight, []
+        landed: list[InFlight] = []
+        for who, where, groups, width in before:
+            over = groups < self.done[who]
+            for chosen, part in ((over, landed), (~over, self.in_flight)):
+                if chosen.any():
+                    part.append(InFlight(who[chosen], where[chosen], groups[chosen], width))
+        return landed
 
 
 class Batch:
@@ -126,8 +165,8 @@ class Batch:
         self.pc = np.where(self.exists, 0, EXITED)
         self.waiting = np.zeros(n, bool)  # at a barrier of the block
         self.barriers, self.warp_syncs = np.zeros(n, np.int64), np.zeros(n, np.int64)  # so many were passed
-        self.copies: list[Copies] = []
-        self.groups = np.zeros(n, np.int64)  # of cp.async, committed by each thread
+        self.copies, self.products = Groups(n), Groups(n)  # cp.async; wgmma
+        self.accumulators = {number: np.full(n, TOUCHED, np.int64) for number in launch.accumulators}
         kinds = {kind: stored(kind) for kind in set(kernel.types)}
         unset = {kind: np.full(n * dtype.itemsize, UNSET, u8).view(dtype) for kind, dtype in kinds.items()}
         self.registers = [unset[kind] for kind in kernel.types]
@@ -281,9 +320,46 @@ class Batch:
         """The active threads must be whole warps, and so must the member masks that they give."""
         if (self.active(self.read(members, "b32")) != 0xFFFFFFFF).any():
             raise self.unsupported("a member mask for a part of a warp is not modelled")
-        missing = self.by_warp(self.mask).any(axis=1).repeat(WARP) & ~self.mask
+        self.whole("warp", WARP)
+
+    def whole_warpgroups(self) -> None:
+        if self.block_size % WARPGROUP:
+            raise self.unsupported(f"a block that is no multiple of {WARPGROUP} threads is not modelled")
+        self.whole("warpgroup", WARPGROUP)
+
+    def whole(self, name: str, size: int) -> None:
+        missing = self.mask.reshape(-1, size).any(axis=1).repeat(size) & ~self.mask
         if missing.any():
-            self.fail(Divergence, int(missing.argmax()), "is not there, and its whole warp must be")
+            self.fail(Divergence, int(missing.argmax()), f"is not there, and its whole {name} must be")
+
+    def same(self, text: str, kind: str) -> Array:
+        """An operand that must be the same in all of an active warpgroup: (warpgroups,)."""
+        values = self.active(self.read(text, kind)).reshape(-1, WARPGROUP)
+        others = (values != values[:, :1]).ravel()
+        if others.any():
+            what = f"has another {text} than its warpgroup, and it must be the same"
+            self.fail(Divergence, int(self.lanes[others.argmax()]), what)
+        return values[:, 0]
+
+    def touch(self, numbers: Iterable[int]) -> None:
+        """Other instructions than wgmma use these accumulators."""
+        for number in numbers:
+            last = self.accumulators[number]
+            computed = last[self.lanes] >= self.products.done[self.lanes]
+            if computed.any():
+                what = "uses what a wgmma.mma_async still computes: no wgmma.wait_group came before"
+                self.fail(Uninitialized, int(self.lanes[computed.argmax()]), what)
+            last[self.lanes] = TOUCHED
+
+    def accumulate(self, names: list[str]) -> None:
+        """A wgmma adds to these registers."""
+        for name in names:
+            last = self.accumulators[self.statement.registers[name]]
+            touched = last[self.lanes] == TOUCHED
+            if touched.any():
+                what = f"adds to {name}, which others used before, and no wgmma.fence lies in between"
+                self.fail(Race, int(self.lanes[touched.argmax()]), what)
+            last[self.lanes] = self.products.committed[self.lanes]
 
     def pass_warp_barrier(self) -> None:
         self.warp_syncs[self.lanes] += 1
@@ -331,7 +407,7 @@ class Batch:
         other = f"thread {coordinates(thread, self.launch.block)} of its block"
         if space == "global":
             other = f"block {coordinates(stamp & watch.BLOCK, self.launch.grid)}"
-        elif thread == self.thread[lanes[i]]:
+        elif thread == self.thread[lanes[i]] and how != watch.MULTIPLY:
             other = "another thread of its block"
         reason = reason.format(byte=byte, alignment=alignment, other=other)
         what = f"{VERBS[how]} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"

@@ -14,10 +14,14 @@ Stamps = NDArray[np.int64]
 Indices = NDArray[np.int64]
 Found = tuple[int, int, int, int]  # finding, its index among the threads, its byte, stamp of another thread
 
-# State of a byte. What a cp.async copies is in flight until the thread that issued it waits.
-OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT = u8(0), u8(1), u8(2), u8(3)
-FINE, OUT_OF_BOUNDS, MISALIGNED, NEVER_WRITTEN, NOT_WAITED_FOR, WAS_WRITTEN, WAS_READ = range(7)  # findings
-READ, WRITE, ATOMIC, COPY = range(4)  # accesses; the write of an atomic operation; what cp.async delivers
+# State of a byte. What a cp.async copies is in flight until the thread that issued it waits. What was written
+# is visible to wgmma after a fence.proxy.async, and multiplied until the warpgroup waits.
+OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT, VISIBLE, MULTIPLIED = map(u8, range(6))
+# Findings
+FINE, OUT_OF_BOUNDS, MISALIGNED, NEVER_WRITTEN, NOT_WAITED_FOR, WAS_WRITTEN, WAS_READ = range(7)
+NOT_FENCED, STILL_MULTIPLIED = 7, 8
+# Accesses: the first two read, a thread or a wgmma; the write of an atomic operation; what cp.async delivers
+READ, MULTIPLY, WRITE, ATOMIC, COPY = range(5)
 FIRST, ALIGNMENT = 0x7F00_0000_0000, 256  # of addresses in global memory
 
 
@@ -28,6 +32,7 @@ class Space(NamedTuple):
     state: Bytes
     writer: Stamps  # of each byte, the stamp of its last write
     reader: Stamps  # the stamp of its reads since the last barrier. Length 0: only writes are compared
+    fenced: Stamps  # if it is VISIBLE, the stamp of the fence
     first: int  # address of byte 0 of a region
     size: int  # bytes in a region
     sharers: int  # threads that share a region
@@ -35,15 +40,15 @@ class Space(NamedTuple):
 
 def global_space(size: int) -> Space:
     data, state, writer = np.zeros(size, u8), np.zeros(size, u8), np.zeros(size, np.int64)
-    return Space(data, state, writer, writer[:0], FIRST, size, 1 << 40)
+    return Space(data, state, writer, writer[:0], writer[:0], FIRST, size, 1 << 40)
 
 
 def shared_space(size: int, blocks: int, threads: int) -> Space:
     """Of blocks of so many threads."""
     filled = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
     data, state = (np.zeros(filled * blocks, u8) for _ in range(2))
-    writer, reader = (np.zeros(filled * blocks, np.int64) for _ in range(2))
-    return Space(data, state, writer, reader, 0, filled, threads)
+    writer, reader, fenced = (np.zeros(filled * blocks, np.int64) for _ in range(3))
+    return Space(data, state, writer, reader, fenced, 0, filled, threads)
 
 
 # A stamp says who and when: thread in the block, flags, barriers that its warp and its block have passed. In
@@ -68,7 +73,7 @@ def unordered(old: int, now: int) -> bool:
     """Whether `old`, or an access joined to it, is another thread's with no barrier before `now`."""
     if old >> BARRIERS_AT != now >> BARRIERS_AT:
         return False
-    if old & SEVERAL_WARPS or not one_warp(old, now):
+    if (old | now) & SEVERAL_WARPS or not one_warp(old, now):
         return True
     if old >> WARP_SYNCS_AT != now >> WARP_SYNCS_AT:
         return False
@@ -92,17 +97,24 @@ def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int,
         return OUT_OF_BOUNDS, 0
     if state == IN_FLIGHT:
         return NOT_WAITED_FOR, 0
-    if state == UNWRITTEN and how == READ:
+    reads = how <= MULTIPLY
+    if state == UNWRITTEN and reads:
         return NEVER_WRITTEN, 0
-    differs = how != WRITE or state != WRITTEN or space.data[at] != value
+    if state == MULTIPLIED and not reads:
+        return STILL_MULTIPLIED, 0
+    differs = how != WRITE or state == UNWRITTEN or space.data[at] != value
     if len(space.reader) == 0:  # two blocks must not write different bytes, except by atomic operations
-        if how == READ:
+        if reads:
             return FINE, 0
         space.writer[at] = 0 if how == ATOMIC else now
         raced = written >> LAUNCH_AT == now >> LAUNCH_AT and written != now and how == WRITE and differs
         return (WAS_WRITTEN if raced else FINE), written
     read = space.reader[at]
-    if how == READ:
+    if how == MULTIPLY:  # all four warps read it
+        now |= SEVERAL_WARPS
+        if not unordered(written, now) and (state == WRITTEN or unordered(space.fenced[at], now)):
+            return NOT_FENCED, written
+    if reads:
         space.reader[at] = joined(read, now)
         return (WAS_WRITTEN if unordered(written, now) else FINE), written
     if unordered(read, now):
@@ -115,7 +127,7 @@ def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int,
 def access(
     space: Space, addresses: Indices, threads: Indices, now: Stamps, values: Bytes, alignment: int, how: int
 ) -> Found:
-    """Fill values, (threads, bytes), from addresses if `how` is READ; else put them there."""
+    """Fill values, (threads, bytes), from addresses if `how` reads; else put them there."""
     for i in range(len(threads)):
         offset = addresses[i] - space.first
         if offset < 0 or offset > space.size - values.shape[1]:
@@ -127,7 +139,7 @@ def access(
             finding, other = checked(space, at + b, now[threads[i]], how, values[i, b])
             if finding != FINE:
                 return finding, i, b, other
-            if how == READ:
+            if how <= MULTIPLY:
                 values[i, b] = space.data[at + b]
             else:
                 space.data[at + b] = values[i, b]
@@ -141,6 +153,34 @@ def land(space: Space, addresses: Indices, threads: Indices, now: Stamps, width:
     for i in range(len(threads)):
         at = threads[i] // space.sharers * space.size + addresses[i]
         space.state[at : at + width], space.writer[at : at + width] = WRITTEN, now[threads[i]]
+
+
+@kernel
+def fence(space: Space, fencing: NDArray[np.bool_], now: Stamps) -> None:
+    """What these threads wrote is visible to wgmma: after a barrier, as if written just now."""
+    for at in range(len(space.state)):
+        if space.state[at] == WRITTEN:
+            thread = at // space.size * space.sharers + (space.writer[at] & THREAD)
+            if fencing[thread]:
+                space.state[at], space.fenced[at] = VISIBLE, now[thread]
+
+
+@kernel
+def multiply(space: Space, addresses: Indices, threads: Indices, width: int) -> None:
+    """A wgmma has begun to read."""
+    for i in range(len(threads)):
+        at = threads[i] // space.sharers * space.size + addresses[i]
+        space.state[at : at + width] = MULTIPLIED
+
+
+@kernel
+def multiplied(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> None:
+    """A wgmma has been waited for: as if its warpgroup read just now."""
+    for i in range(len(threads)):
+        first = threads[i] // space.sharers * space.size + addresses[i]
+        for at in range(first, first + width):
+            space.state[at] = VISIBLE
+            space.reader[at] = joined(space.reader[at], now[threads[i]] | SEVERAL_WARPS)
 
 
 class Memory:
