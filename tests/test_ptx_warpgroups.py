@@ -66,7 +66,8 @@ def wgmma_ptx(n, warpgroups=1, **changed):
 ld.param.u64 x, [px]; ld.param.u64 c, [pc]; ld.param.u64 y, [py]; ld.param.u32 v0, [add];
 setp.ne.u32 p, v0, 0; setp.eq.u32 q, v0, v0;
 mov.u32 t, %tid.x; mov.u32 w, tile; mad.lo.u32 w, t, 16, w; mad.wide.u32 x, t, 16, x;
-mov.u32 v1, %ctaid.x; mov.u32 v2, %ntid.x; mad.lo.u32 v1, v1, v2, t;
+mov.u32 v1, %ctaid.x; mad.wide.u32 x, v1, {len(pieces) * at_once}, x;
+mov.u32 v2, %ntid.x; mad.lo.u32 v1, v1, v2, t;
 mad.wide.u32 c, v1, {2 * n}, c; mad.wide.u32 y, v1, {2 * n}, y;
 mov.u32 g, tile; shr.u32 v0, t, 7; mad.lo.u32 v0, v0, {64 * ROW_BYTES}, g; shr.u32 v0, v0, 4;
 cvt.u64.u32 a, v0; or.b64 a, a, {DESCRIPTOR};
@@ -113,17 +114,17 @@ def expected(a, b, c, add=True):
     return d
 
 
-def product(ptx, a, b, c, add=1, grid=1):
-    """D (rows of A, rows of B) of the kernel, each block the same."""
-    n, threads = len(b), 2 * len(a)
-    x = np.concatenate([swizzled(a), swizzled(b)])
-    x = np.concatenate([x, np.zeros(-len(x) % (16 * threads), np.uint8)])
+def product(ptx, *blocks, add=1):
+    """D (blocks, rows of A, rows of B) of the kernel, each block with its A, B and C."""
+    rows_of_a, n = blocks[0][2].shape
+    threads = 2 * rows_of_a
+    x = np.stack([np.concatenate([swizzled(a), swizzled(b)]) for a, b, _ in blocks])
+    x = np.pad(x, ((0, 0), (0, -x.shape[1] % (16 * threads))))
     rows, columns = rows_and_columns(n, threads)
-    arguments = [x, np.tile(c[rows, columns], (grid, 1)), np.uint32(add)]
-    registers = output(
-        module_of(ptx), "k", arguments, np.float32, (grid, threads, n // 2), grid=grid, block=threads
-    )
-    d = np.empty((grid, len(a), n), np.float32)
+    arguments = [x, np.stack([c[rows, columns] for _, _, c in blocks]), np.uint32(add)]
+    shape = (len(blocks), threads, n // 2)
+    registers = output(module_of(ptx), "k", arguments, np.float32, shape, grid=len(blocks), block=threads)
+    d = np.empty((len(blocks), rows_of_a, n), np.float32)
     d[:, rows, columns] = registers
     return d
 
@@ -132,18 +133,18 @@ def product(ptx, a, b, c, add=1, grid=1):
 @given(seed=seeds)
 def test_the_numbers_are_those_of_mma_on_tiles(kind, seed):
     """Four steps along K, 32 bytes apart, in two groups; C is added or taken for +0."""
-    a, b, c = operands(kind, np.random.default_rng(seed), 8)
+    block = operands(kind, np.random.default_rng(seed), 8)
     for add in (0, 1):
-        (d,) = product(wgmma_ptx(8), a, b, c, add)
-        assert_same_bits(d, expected(a, b, c, add), kind)
+        (d,) = product(wgmma_ptx(8), block, add=add)
+        assert_same_bits(d, expected(*block, add), kind)
 
 
 @pytest.mark.parametrize(("n", "warpgroups", "grid"), [(24, 2, 3), (256, 1, 1), (256, 2, 2)])
 def test_every_shape_and_several_warpgroups(n, warpgroups, grid):
     rng = np.random.default_rng(n)
-    a, b, c = operands("far spread", rng, n, 64 * warpgroups)
-    for d in product(wgmma_ptx(n, warpgroups), a, b, c, grid=grid):
-        assert_same_bits(d, expected(a, b, c), n)
+    blocks = [operands("far spread", rng, n, 64 * warpgroups) for _ in range(grid)]
+    for block, d in zip(blocks, product(wgmma_ptx(n, warpgroups), *blocks)):
+        assert_same_bits(d, expected(*block), n)
 
 
 SOURCE = """
@@ -151,39 +152,74 @@ __device__ unsigned long long descriptor(const void *p) {
     unsigned at = (unsigned)__cvta_generic_to_shared(p);
     return (unsigned long long)(at >> 4) | 64ull << 32 | 1ull << 62;
 }
-__device__ void keep(float *d) {
+__device__ void fill(uint4 *tile, const uint4 *x) {
+    for (int i = threadIdx.x; i < 72 * 8; i += 128) tile[i] = x[i];
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ void keep(float *d) {  // the compiler moves no use of d over this
     asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) :: "memory");
 }
-extern "C" __global__ void k(const uint4 *x, const float4 *c, unsigned add, float4 *y) {
-    __shared__ __align__(1024) uint4 tile[72 * 8];
+extern "C" __global__ void k(const uint4 *x, const float4 *c, int steps, float4 *y) {
+    __shared__ __align__(1024) uint4 tile[2][128 * 8];
     int t = threadIdx.x;
-    for (int i = t; i < 72 * 8; i += 128) tile[i] = x[i];
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
     float d[4] = {c[t].x, c[t].y, c[t].z, c[t].w};
     keep(d);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-    for (int k = 0; k < 4; k++)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %6, 0;"
-                     "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "
-                     "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0; }"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "l"(descriptor(tile) + 2 * k), "l"(descriptor(tile + 512) + 2 * k), "r"(k ? 1 : add));
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    fill(tile[0], x);
+    __syncthreads();
+    for (int j = 0; j < steps; j++) {
+        const uint4 *a = tile[j & 1], *b = a + 64 * 8;
+        for (int k = 0; k < 4; k++)
+            asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "
+                         "{%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                         : "l"(descriptor(a) + 2 * k), "l"(descriptor(b) + 2 * k));
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (j + 1 < steps) fill(tile[(j + 1) & 1], x + (j + 1) * 72 * 8);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        __syncthreads();
+    }
     keep(d);
     y[t] = make_float4(d[0], d[1], d[2], d[3]);
 }"""
 
 
-def test_what_nvrtc_makes_of_inline_instructions():
-    a, b, c = operands("spread", np.random.default_rng(0), 8)
+def compiled_product(source, blocks):
+    """D (64, 8) of several steps of 64 along K, added to C of the first."""
     rows, columns = rows_and_columns(8, 128)
-    arguments = [np.concatenate([swizzled(a), swizzled(b)]), c[rows, columns]]
-    for add in (0, 1):
-        module = compiled(SOURCE, "90a")
-        d = output(module, "k", [*arguments, np.uint32(add)], np.float32, (128, 4), block=128)
-        assert_same_bits(d, expected(a, b, c, add)[rows, columns], add)
+    x = np.concatenate([swizzled(part) for a, b, _ in blocks for part in (a, b)])
+    d = np.empty((64, 8), np.float32)
+    arguments = [x, blocks[0][2][rows, columns], np.int32(len(blocks))]
+    d[rows, columns] = output(compiled(source, "90a"), "k", arguments, np.float32, (128, 4), block=128)
+    return d
+
+
+def test_what_nvrtc_makes_of_a_pipeline():
+    """The next operands are stored while a wgmma multiplies."""
+    blocks = [operands("spread", np.random.default_rng(i), 8) for i in range(3)]
+    d = blocks[0][2]
+    for a, b, _ in blocks:
+        d = expected(a, b, d)
+    assert_same_bits(compiled_product(SOURCE, blocks), d, "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("fence.proxy.async.shared::cta;", "fence.proxy.async of its own and barrier lie in between"),
+        ("wgmma.fence.sync.aligned;", "no wgmma.fence lies in between"),
+        ("wgmma.commit_group.sync.aligned;", "no wgmma.wait_group came before"),
+        ("wgmma.wait_group.sync.aligned 0;", "no wgmma.wait_group came before"),
+        ("    __syncthreads();\n    for", "wrote byte 0 of it, and no barrier lies in between"),
+        ("        __syncthreads();\n    }", "wrote byte 0 of it, and no barrier lies in between"),
+    ],
+)
+def test_a_pipeline_without_one_of_its_lines(removed, message):
+    blocks = [operands("spread", np.random.default_rng(i), 8) for i in range(3)]
+    assert SOURCE.count(removed) == 1
+    with pytest.raises(PtxError) as error:
+        compiled_product(SOURCE.replace(removed, removed.split("\n")[-1] if "\n" in removed else ""), blocks)
+    assert message in str(error.value)
 
 
 # What it stops a kernel for: steps that are wrong, steps that are right, class, reason
@@ -244,6 +280,12 @@ FINDINGS = {
         Race,
         NOT_VISIBLE,
     ),
+    "another value behind the fence": (
+        {"visible": "st.shared.b32 [g+9216], g; fence.proxy.async; st.shared.b32 [g+9216], t;"},
+        {"visible": "st.shared.b32 [g+9216], g; fence.proxy.async; st.shared.b32 [g+9216], g;"},
+        Race,
+        r"Thread \(\d+, 0, 0\) .* writes 4 bytes .* wrote byte 0 of it, and no barrier lies in between",
+    ),
     "a copy without a fence": ({"store": COPIED, "visible": ""}, {"store": COPIED}, Race, NOT_VISIBLE),
     "a fence before the copy is there": (
         {"store": "{store}" + COPY, "barrier": "cp.async.wait_group 0; bar.sync 0;"},
@@ -287,6 +329,12 @@ FINDINGS = {
         {"wait": "bar.sync 0; wgmma.wait_group.sync.aligned 0; bar.sync 0;" + AGAIN},
         Race,
         r"writes 16 bytes .* read byte 0 of it, and no barrier lies in between",
+    ),
+    "a write by the first thread, and other warps may not have waited": (
+        {"wait": "bar.sync 0; wgmma.wait_group.sync.aligned 0; setp.eq.u32 r, t, 0; @r " + AGAIN},
+        {"wait": "wgmma.wait_group.sync.aligned 0; bar.sync 0; setp.eq.u32 r, t, 0; @r " + AGAIN},
+        Race,
+        r"Thread \(0, 0, 0\) .* writes 16 bytes .* another thread of its block read byte 0 of it",
     ),
     # registers
     "no wgmma.fence": ({"fence": ""}, {}, Race, NO_FENCE),
@@ -355,10 +403,10 @@ FINDINGS = {
 @pytest.mark.parametrize("name", FINDINGS)
 def test_a_bug_is_found_and_its_fix_is_not(name):
     bug, fix, kind, message = FINDINGS[name]
-    a, b, c = operands("spread", np.random.default_rng(0), 8)
-    product(wgmma_ptx(8, **fix), a, b, c)
+    block = operands("spread", np.random.default_rng(0), 8)
+    product(wgmma_ptx(8, **fix), block)
     with pytest.raises(PtxError, match=message) as error:
-        product(wgmma_ptx(8, **bug), a, b, c)
+        product(wgmma_ptx(8, **bug), block)
     assert type(error.value) is kind
 
 
@@ -366,10 +414,10 @@ def test_two_warpgroups_read_the_same_rows_and_wait_each_for_itself():
     """What one of them has waited for is not free while the other reads it."""
     late = "setp.ge.u32 r, t, 128; {branch} wgmma.wait_group.sync.aligned 0; L: bar.sync 0;"
     write = "setp.eq.u32 r, t, 0; @r st.shared.b32 [g+16384], v0; wgmma.wait_group.sync.aligned 0;"
-    a, b, c = operands("spread", np.random.default_rng(0), 8, 128)
-    product(wgmma_ptx(8, 2, wait=late.replace("{branch}", "") + write), a, b, c)
+    block = operands("spread", np.random.default_rng(0), 8, 128)
+    product(wgmma_ptx(8, 2, wait=late.replace("{branch}", "") + write), block)
     with pytest.raises(Race, match=STILL_READS):
-        product(wgmma_ptx(8, 2, wait=late.replace("{branch}", "@r bra L;") + write), a, b, c)
+        product(wgmma_ptx(8, 2, wait=late.replace("{branch}", "@r bra L;") + write), block)
 
 
 FIRST = STEPS["first"]
@@ -401,9 +449,8 @@ FIRST = STEPS["first"]
     ],
 )
 def test_what_it_does_not_know(changed, message):
-    a, b, c = operands("spread", np.random.default_rng(0), 8)
     with pytest.raises(Unsupported) as error:
-        product(wgmma_ptx(8, **changed), a, b, c)
+        product(wgmma_ptx(8, **changed), operands("spread", np.random.default_rng(0), 8))
     assert message in str(error.value)
 
 
