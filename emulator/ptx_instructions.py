@@ -534,11 +534,11 @@ def _wgmma_commit(batch: Batch, o: list[str]) -> None:
 @instruction(r"wgmma\.wait_group\.sync\.aligned")
 def _wgmma_wait(batch: Batch, o: list[str]) -> None:
     batch.whole_warpgroups()
-    space = batch.spaces["shared"]
+    space, now = batch.spaces["shared"], batch.stamps["shared"] | watch.SEVERAL_WARPS
     for lanes, where, _, width in batch.products.wait(batch.lanes, batch.number(o[0])):
-        watch.multiplied(space, where, lanes, batch.stamps["shared"], width)
+        watch.multiplied(space, where, lanes, now, width)
     for lanes, where, _, width in batch.products.in_flight:  # they may read the same bytes
-        watch.multiply(space, where, lanes, width)
+        watch.multiply(space, where, lanes, now, width)
 
 
 def rows_in_shared(batch: Batch, descriptor: str, rows: int) -> Array:
@@ -556,7 +556,6 @@ def rows_in_shared(batch: Batch, descriptor: str, rows: int) -> Array:
     where, lanes = (plain ^ (plain >> 7 & 7) << 4).ravel(), batch.lanes[::WARPGROUP].repeat(2 * rows)
     halves = np.empty((len(where), 16), u8)
     batch.access(watch.MULTIPLY, "shared", lanes, where, halves)
-    watch.multiply(batch.spaces["shared"], where, lanes, 16)
     batch.products.issue(lanes, where, 16)
     return halves.view(np.int16).reshape(-1, rows, 16)
 

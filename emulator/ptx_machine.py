@@ -396,9 +396,15 @@ class Batch:
         self, how: int, space: str, lanes: Array, addresses: Array, values: Array, alignment: int = 0
     ) -> None:
         """Read into or write values, (lanes, bytes); stop at what the watch finds."""
-        width, now = values.shape[1], self.stamps[space]
+        width, memory, now = values.shape[1], self.spaces[space], self.stamps[space]
         alignment = alignment or width
-        found = watch.access(self.spaces[space], addresses, lanes, now, values, alignment, how)
+        if how == watch.MULTIPLY:  # the lane stands for its warpgroup
+            now = now | watch.SEVERAL_WARPS
+            found = watch.access(memory, addresses, lanes, now, values, alignment, watch.READ)
+            if found[0] == watch.FINE:
+                found = watch.multiply(memory, addresses, lanes, now, width)
+        else:
+            found = watch.access(memory, addresses, lanes, now, values, alignment, how)
         finding, i, byte, stamp = found
         if finding == watch.FINE:
             return

@@ -16,12 +16,13 @@ Found = tuple[int, int, int, int]  # finding, its index among the threads, its b
 
 # State of a byte. What a cp.async copies is in flight until the thread that issued it waits. What was written
 # is visible to wgmma after a fence.proxy.async, and multiplied until the warpgroup waits.
-OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT, VISIBLE, MULTIPLIED = map(u8, range(6))
+OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT = u8(0), u8(1), u8(2), u8(3)
+VISIBLE, MULTIPLIED = u8(4), u8(5)
 # Findings
 FINE, OUT_OF_BOUNDS, MISALIGNED, NEVER_WRITTEN, NOT_WAITED_FOR, WAS_WRITTEN, WAS_READ = range(7)
 NOT_FENCED, STILL_MULTIPLIED = 7, 8
-# Accesses: the first two read, a thread or a wgmma; the write of an atomic operation; what cp.async delivers
-READ, MULTIPLY, WRITE, ATOMIC, COPY = range(5)
+# Accesses; the write of an atomic operation; what cp.async delivers; what a wgmma reads
+READ, WRITE, ATOMIC, COPY, MULTIPLY = range(5)
 FIRST, ALIGNMENT = 0x7F00_0000_0000, 256  # of addresses in global memory
 
 
@@ -97,24 +98,19 @@ def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int,
         return OUT_OF_BOUNDS, 0
     if state == IN_FLIGHT:
         return NOT_WAITED_FOR, 0
-    reads = how <= MULTIPLY
-    if state == UNWRITTEN and reads:
+    if state == UNWRITTEN and how == READ:
         return NEVER_WRITTEN, 0
-    if state == MULTIPLIED and not reads:
+    if state == MULTIPLIED and how != READ:
         return STILL_MULTIPLIED, 0
     differs = how != WRITE or state == UNWRITTEN or space.data[at] != value
     if len(space.reader) == 0:  # two blocks must not write different bytes, except by atomic operations
-        if reads:
+        if how == READ:
             return FINE, 0
         space.writer[at] = 0 if how == ATOMIC else now
         raced = written >> LAUNCH_AT == now >> LAUNCH_AT and written != now and how == WRITE and differs
         return (WAS_WRITTEN if raced else FINE), written
     read = space.reader[at]
-    if how == MULTIPLY:  # all four warps read it
-        now |= SEVERAL_WARPS
-        if not unordered(written, now) and (state == WRITTEN or unordered(space.fenced[at], now)):
-            return NOT_FENCED, written
-    if reads:
+    if how == READ:
         space.reader[at] = joined(read, now)
         return (WAS_WRITTEN if unordered(written, now) else FINE), written
     if unordered(read, now):
@@ -127,7 +123,7 @@ def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int,
 def access(
     space: Space, addresses: Indices, threads: Indices, now: Stamps, values: Bytes, alignment: int, how: int
 ) -> Found:
-    """Fill values, (threads, bytes), from addresses if `how` reads; else put them there."""
+    """Fill values, (threads, bytes), from addresses if `how` is READ; else put them there."""
     for i in range(len(threads)):
         offset = addresses[i] - space.first
         if offset < 0 or offset > space.size - values.shape[1]:
@@ -139,7 +135,7 @@ def access(
             finding, other = checked(space, at + b, now[threads[i]], how, values[i, b])
             if finding != FINE:
                 return finding, i, b, other
-            if how <= MULTIPLY:
+            if how == READ:
                 values[i, b] = space.data[at + b]
             else:
                 space.data[at + b] = values[i, b]
@@ -166,11 +162,15 @@ def fence(space: Space, fencing: NDArray[np.bool_], now: Stamps) -> None:
 
 
 @kernel
-def multiply(space: Space, addresses: Indices, threads: Indices, width: int) -> None:
-    """A wgmma has begun to read."""
+def multiply(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> Found:
+    """A wgmma begins to read, or still does; what was read before, as memory."""
     for i in range(len(threads)):
-        at = threads[i] // space.sharers * space.size + addresses[i]
-        space.state[at : at + width] = MULTIPLIED
+        first = threads[i] // space.sharers * space.size + addresses[i]
+        for at in range(first, first + width):
+            if space.state[at] == WRITTEN or unordered(space.fenced[at], now[threads[i]]):
+                return NOT_FENCED, i, at - first, space.writer[at]
+            space.state[at] = MULTIPLIED
+    return FINE, 0, 0, 0
 
 
 @kernel
@@ -180,7 +180,7 @@ def multiplied(space: Space, addresses: Indices, threads: Indices, now: Stamps, 
         first = threads[i] // space.sharers * space.size + addresses[i]
         for at in range(first, first + width):
             space.state[at] = VISIBLE
-            space.reader[at] = joined(space.reader[at], now[threads[i]] | SEVERAL_WARPS)
+            space.reader[at] = joined(space.reader[at], now[threads[i]])
 
 
 class Memory:
