@@ -163,7 +163,7 @@ def fence(space: Space, fencing: NDArray[np.bool_], now: Stamps) -> None:
 
 @kernel
 def multiply(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> Found:
-    """A wgmma begins to read, or still does; what was read before, as memory."""
+    """A wgmma begins to read, or still reads, what `access` has read for it."""
     for i in range(len(threads)):
         first = threads[i] // space.sharers * space.size + addresses[i]
         for at in range(first, first + width):
