@@ -97,9 +97,8 @@ class Module:
             )
         shared = [(address, size or shared_bytes) for address, size in entry.arrays.values()]
         ran = np.zeros(len(entry.statements), np.int64)
-        values, added_to = arguments(entry, args), accumulators(entry)
-        code = code_of(entry, added_to)
-        launch = Launch(entry, code, grid, block, values, memory, shared, ran, added_to)
+        values, code = arguments(entry, args), code_of(entry)
+        launch = Launch(entry, code, grid, block, values, memory, shared, ran, accumulators(entry))
         memory.launches += 1
         blocks, at_once = np.arange(prod(grid)), max(1, THREADS_AT_ONCE // (-(-prod(block) // WARP) * WARP))
         with np.errstate(all="ignore"):
@@ -113,9 +112,9 @@ class Module:
 Code = Callable[[Batch, list[str]], int | None]
 
 
-def code_of(kernel: Kernel, added_to: set[int]) -> list[Code]:
+def code_of(kernel: Kernel) -> list[Code]:
     """The functions that run its statements. Those that use accumulators and are no wgmma say so first."""
-    code = []
+    code, added_to = [], accumulators(kernel)
     for s in kernel.statements:
         function = meaning(s.opcode)
         if function is None:
