@@ -33,7 +33,7 @@ def dequantize(q: PackedTensor) -> Any:
 
 
 def augment_activations(x: Any, order: Any, num_residual: int, tensor_scale: Any = None) -> PackedTensor:
-    """(M, K) → (M, K + S); `order` is (K,) int32, see `order_of`. Errors as in `quantize`."""
+    """(M, K) → (M, K + S); `order` is (K,) uint16, see `order_of`. Errors as in `quantize`."""
     held = as_array("x", x), as_array("order", order)
     return launch.augment_activations(_device(x), *held, num_residual, _scale(tensor_scale))
 
@@ -59,13 +59,13 @@ def matmul(a: PackedTensor, b: PackedTensor, exact: bool = True) -> Any:
 
 
 def order_of(selection: Selection, like: Any) -> Any:
-    """The channel order of a selection on the GPU, (K,) int32, in the library of `like`.
+    """The channel order of a selection on the GPU, (K,) uint16, in the library of `like`.
 
     Raises TypeError for another type, ValueError for a selection with weight channels.
     """
     checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
     checks.no_weight_channels("gpu", len(selection.weight_channels))
-    return _device(like).upload(selection.order.astype(np.int32), "int32").owner
+    return _device(like).upload(selection.order.astype(np.uint16), "uint16").owner
 
 
 def refuse_non_finite(q: PackedTensor) -> None:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from . import load
 
-ITEMSIZE = {"uint8": 1, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "float32": 4}
+ITEMSIZE = {"uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "float32": 4}
 Dim = tuple[int, int, int]
+WORDS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Device(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array: ...
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array: ...
+    def word(self) -> Array:
+        """(1,) uint32, zero until a kernel writes to it."""
 
     def download(self, array: Array) -> NDArray[Any]:
         """A NumPy copy, bfloat16 as uint16, once everything launched before is done."""
@@ -67,12 +69,23 @@ class Cuda:
         self.shared_bytes = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
         self._modules: dict[str, Any] = {}
         self._functions: dict[str, Any] = {}
+        self._words: dict[int, tuple[Array, int]] = {}  # stream → words that are zero, how many are taken
 
     def upload(self, array: NDArray[Any], dtype: str) -> Array:
         return self._array(self._cupy.asarray(array), array.shape, dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return self._array(self._cupy.empty(shape, numpy_dtype(dtype)), shape, dtype)
+
+    def word(self) -> Array:
+        """One of many, cleared at once on this stream: clearing one takes as long as quantizing a row."""
+        stream = self._stream().ptr
+        words, taken = self._words.get(stream, (None, WORDS))
+        if words is None or taken == WORDS:
+            words, taken = self.zeros((WORDS,), "uint32"), 0
+        self._words[stream] = words, taken + 1
+        address = words.address + taken * ITEMSIZE["uint32"]
+        return Array(address, (1,), "uint32", words.owner[taken : taken + 1])
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return self._array(self._cupy.zeros(shape, numpy_dtype(dtype)), shape, dtype)
@@ -158,8 +171,8 @@ class Interpreted:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return self._array(self._memory.empty(prod(shape) * ITEMSIZE[dtype]), shape, dtype)
 
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return self.upload(np.zeros(shape, numpy_dtype(dtype)), dtype)
+    def word(self) -> Array:
+        return self.upload(np.zeros(1, np.uint32), "uint32")
 
     def download(self, array: Array) -> NDArray[Any]:
         found: NDArray[Any] = array.owner.download(numpy_dtype(array.dtype), array.shape)

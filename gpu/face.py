@@ -135,7 +135,7 @@ class Face:
         checks.is_a("selection", selection, Selection, "select(calibrate([x])) makes one.")
         checks.selection_fits(name, np.shape(x)[1], selection.K)
         checks.no_weight_channels("gpu", len(selection.weight_channels))
-        return self._upload(selection.order.astype(np.int32)), selection.num_residual
+        return self._upload(selection.order.astype(np.uint16)), selection.num_residual
 
     def _finite(self, name: str, x: ArrayLike, q: launch.PackedTensor) -> NVFP4Tensor:
         """The tensor, or the error of a matrix that holds NaN or infinity."""

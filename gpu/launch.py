@@ -18,8 +18,8 @@ STEP = 64  # of a product, along K
 LARGEST_DIMENSION = 2**31 - 2 * THREADS  # indices along one dimension are int
 INPUTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype → suffix of the kernels
 AMAX_BLOCKS = 1024
-# Augmenting: so many rows to a thread block, as far as they fit, where that leaves enough blocks for a GPU
-ROWS_EACH, ROWS_EACH_BYTES, MANY_ROWS = 4, 48 * 1024, 512
+MANY_ROWS = 128  # that keep a GPU busy; of fewer, several thread blocks augment one
+AT_A_TIME = 32 * BLOCK  # channels that a warp augments
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,7 +57,7 @@ def decode(device: Device, name: str, codes: Array) -> Array:
 def tensor_scale(device: Device, x: Array) -> tuple[Array, Array]:
     """(tensor_scale, amax): (1,) float32, and (1,) uint32, the bits of max |x|."""
     _matrix("x", x)
-    amax, scale = device.zeros((1,), "uint32"), device.empty((1,), "float32")
+    amax, scale = device.word(), device.empty((1,), "float32")
     blocks = prod(x.shape) // BLOCK
     grid = min(-(-blocks // THREADS), AMAX_BLOCKS)
     device.launch("convert", f"amax_{_input(x)}", (grid, 1, 1), THREADS, [x, np.int64(blocks), amax])
@@ -89,7 +89,7 @@ def pack(device: Device, codes: Array, block_scales: Array, scale: Array) -> Pac
     rows, k = codes.shape
     _check("codes", codes, (rows, k), "uint8")
     _check("block_scales", block_scales, (rows, k // BLOCK), "uint8")
-    q = _output(device, rows, k, scale, device.zeros((1,), "uint32"))
+    q = _output(device, rows, k, scale, device.word())
     threads, grid = _by_blocks(_filled(rows, TILE_ROWS), _filled(k // BLOCK, TILE_SCALES))
     args = [codes, block_scales, np.int32(rows), np.int32(k), q.codes, q.scales]
     device.launch("quantize", "pack", grid, threads, args)
@@ -108,7 +108,7 @@ def unpack(device: Device, q: PackedTensor) -> tuple[Array, Array]:
 def augment_activations(
     device: Device, x: Array, order: Array, num_residual: int, scale: Array | None = None
 ) -> PackedTensor:
-    """(rows, K) → (rows, K + S): channels by `order`, (K,) int32, the last S with their residual."""
+    """(rows, K) → (rows, K + S): channels by `order`, (K,) uint16, the last S with their residual."""
     return _augment(device, "augment_activations", x, order, num_residual, scale)
 
 
@@ -131,10 +131,10 @@ def rmsnorm_augment_activations(
     rows, k = _matrix("x", x)
     _check("weight", weight, (k,), "float32")
     s, q = _augmented(device, x, order, num_residual, scale)
-    rest = device.zeros((1,), "uint32")
+    rest = device.word()
     args = [x, np.int32(rows), np.int32(k), np.int32(s), order, weight, np.float32(epsilon)]
     args += [q.tensor_scale, q.largest, rest, q.codes, q.scales]
-    _launch_rows(device, "rmsnorm_augment_activations", x, 1, k * ITEMSIZE["float32"], THREADS, args)
+    _launch_rows(device, "rmsnorm_augment_activations", x, ITEMSIZE["float32"], THREADS, args)
     return q, rest
 
 
@@ -142,11 +142,10 @@ def _augment(
     device: Device, operation: str, x: Array, order: Array, num_residual: int, scale: Array | None
 ) -> PackedTensor:
     (rows, k), (s, q) = _matrix("x", x), _augmented(device, x, order, num_residual, scale)
-    row_bytes = k * ITEMSIZE[x.dtype]
-    each = max(1, min(ROWS_EACH, ROWS_EACH_BYTES // row_bytes)) if rows >= MANY_ROWS else 1
-    args = [x, np.int32(rows), np.int32(each), np.int32(k), np.int32(s), order, q.tensor_scale, q.largest]
-    threads = min(THREADS, each * _filled(k // BLOCK, 32))
-    _launch_rows(device, operation, x, each, row_bytes, threads, [*args, q.codes, q.scales])
+    args = [x, np.int32(rows), np.int32(k), np.int32(s), order, q.tensor_scale, q.largest, q.codes, q.scales]
+    most = THREADS if rows >= MANY_ROWS else THREADS // 2
+    threads = min(most, 32 * -(-k // (AT_A_TIME * (2 if rows >= MANY_ROWS else 1))))
+    _launch_rows(device, operation, x, ITEMSIZE[x.dtype], threads, args)
     return q
 
 
@@ -154,23 +153,28 @@ def _augmented(
     device: Device, x: Array, order: Array, num_residual: int, scale: Array | None
 ) -> tuple[int, PackedTensor]:
     rows, k = _matrix("x", x)
-    _check("order", order, (k,), "int32")
+    _check("order", order, (k,), "uint16")
+    if k > 2**16:
+        raise ValueError(f"x has K={k}; an order has 16 bits for a channel, up to K=65536. Split K.")
     if not (0 <= num_residual <= k and num_residual % BLOCK == 0):
         raise ValueError(f"num_residual={num_residual} must be a multiple of {BLOCK} from 0 to {k}.")
     return num_residual, _output(device, rows, k + num_residual, *_scale_for(device, x, scale))
 
 
 def _launch_rows(
-    device: Device, operation: str, x: Array, each: int, row_bytes: int, threads: int, args: list[Any]
+    device: Device, operation: str, x: Array, itemsize: int, threads: int, args: list[Any]
 ) -> None:
+    """`itemsize`: bytes of a number in shared memory, which holds a row."""
+    rows, k = x.shape
     limit = device.shared_bytes - THREADS * ITEMSIZE["float32"]
-    if row_bytes > limit:
+    if k * itemsize > limit:
         raise ValueError(
-            f"x has K={x.shape[1]}: a row takes {row_bytes} bytes of shared memory, a block of this GPU "
+            f"x has K={k}: a row takes {k * itemsize} bytes of shared memory, a block of this GPU "
             f"has {limit}. Quantize the columns in parts, or pass a narrower dtype than {x.dtype}."
         )
-    grid = -(-_filled(x.shape[0], TILE_ROWS) // each), 1, 1
-    device.launch("augment", f"{operation}_{_input(x)}", grid, threads, args, each * row_bytes)
+    share = 1 if rows >= MANY_ROWS else -(-k // (AT_A_TIME * threads // 32))
+    grid = _filled(rows, TILE_ROWS), share, 1
+    device.launch("augment", f"{operation}_{_input(x)}", grid, threads, args, k * itemsize)
 
 
 def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True) -> Array:
@@ -179,8 +183,13 @@ def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True)
     (m, k), (n, other) = a.shape, b.shape
     if k != other:
         raise ValueError(f"a has K={k} and b has K={other}; a product needs one K.")
+    return multiply(device, product(device.arch, m, n, k, exact), a, b)
+
+
+def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) -> Array:
+    """The same with a certain kernel, one of `products`."""
+    (m, k), (n, _) = a.shape, b.shape
     y = device.empty((m, n), "float32")
-    plan = product(device.arch, m, exact)
     grid = (-(-m // plan.tile_m), -(-_filled(n, TILE_ROWS) // plan.tile_n), 1)
     args: list[Any] = [a.codes, a.scales, a.tensor_scale, b.codes, b.scales, b.tensor_scale]
     args += [np.int32(m), np.int32(n), np.int32(k), y]
@@ -208,13 +217,40 @@ SMALL = {
     m: Product("gemm_small", f"gemm_small_{m}", m, 32, 256, 8 * 3 * (2048 + 256 + m * 64 + 2 * m * 16))
     for m in (8, FEW_ROWS)
 }
+HOPPER = [
+    Product(
+        "gemm_hopper",
+        f"gemm_hopper_{m}x{n}",
+        m,
+        n,
+        2 * m,
+        2 * (m + n) * 128 + 3 * (m + n) // 16 * (16 * 64 + 128),
+    )
+    for m, n in ((128, 256), (64, 128), (64, 64))
+]
+BUSY = 90  # thread blocks that keep a Hopper GPU busy, of 132 multiprocessors at most
 
 
-def product(arch: str, m: int, exact: bool) -> Product:
-    """The kernel for M rows."""
+def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
+    """The kernels that multiply M rows, the largest tiles first; their bits are the same."""
     if exact:
-        return NATIVE if load.is_native(arch) else EXACT
-    return next((plan for most, plan in SMALL.items() if m <= most), FAST)
+        return [NATIVE if load.is_native(arch) else EXACT]
+    if m <= FEW_ROWS:
+        return [next(plan for most, plan in SMALL.items() if m <= most)]
+    return (
+        HOPPER if arch == "90a" and k % 32 == 0 else [FAST]
+    )  # gemm_hopper copies 16 bytes of a row at a time
+
+
+def product(arch: str, m: int, n: int, k: int, exact: bool) -> Product:
+    """The one for (M, K) by (N, K): the largest tile that M fills at least by half, if there are enough."""
+    plans = products(arch, m, k, exact)
+    fit = (plan for plan in plans if m > plan.tile_m // 2 and _blocks(plan, m, n) >= BUSY)
+    return next(fit, plans[-1])
+
+
+def _blocks(plan: Product, m: int, n: int) -> int:
+    return -(-m // plan.tile_m) * -(-n // plan.tile_n)
 
 
 def _elementwise(device: Device, kernel: str, x: Array, out: Array) -> Array:
@@ -228,7 +264,7 @@ def _scale_for(device: Device, x: Array, scale: Array | None) -> tuple[Array, Ar
     if scale is None:
         return tensor_scale(device, x)
     _check("tensor_scale", scale, (1,), "float32")
-    return scale, device.zeros((1,), "uint32")
+    return scale, device.word()
 
 
 def _output(device: Device, rows: int, k: int, scale: Array, largest: Array) -> PackedTensor:

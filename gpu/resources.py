@@ -82,7 +82,8 @@ class Recorder:
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         return Array(0, shape, dtype, None)
 
-    zeros = empty
+    def word(self) -> Array:
+        return self.empty((1,), "uint32")
 
     def upload(self, array: NDArray[Any], dtype: str) -> Array:
         return self.empty(array.shape, dtype)
@@ -101,7 +102,7 @@ def quantizing(d: Device, of: Shape) -> None:
     rng = np.random.default_rng(0)
     row = (rng.standard_normal(of.k, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     x, w = (d.upload(np.broadcast_to(row, (rows, of.k)), "bfloat16") for rows in (of.m, of.n))
-    order = d.upload(rng.permutation(of.k).astype(np.int32), "int32")
+    order = d.upload(rng.permutation(of.k).astype(np.uint16), "uint16")
     weight = d.upload(np.ones(of.k, np.float32), "float32")
     for name in ("e2m1", "e4m3"):
         launch.encode(d, name, x)
@@ -117,13 +118,17 @@ def quantizing(d: Device, of: Shape) -> None:
     launch.augment_weights(d, w, order, of.s)
 
 
-def product(d: Device, of: Shape, exact: bool) -> None:
+def product(d: Device, plan: launch.Product, of: Shape) -> None:
     """One product, and the kernels that make its operands."""
     row = (np.random.default_rng(1).standard_normal(of.k, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    order = d.upload(np.arange(of.k, dtype=np.int32), "int32")
+    order = d.upload(np.arange(of.k, dtype=np.uint16), "uint16")
     x, w = (d.upload(np.broadcast_to(row, (rows, of.k)), "bfloat16") for rows in (of.m, of.n))
     a = launch.augment_activations(d, x, order, of.s)
-    launch.matmul(d, a, launch.augment_weights(d, w, order, of.s), exact)
+    launch.multiply(d, plan, a, launch.augment_weights(d, w, order, of.s))
+
+
+def plans(arch: str, of: Shape, exact: bool) -> list[launch.Product]:
+    return launch.products(arch, of.m, of.k + of.s, exact)
 
 
 def launches(arch: str) -> list[Launch]:
@@ -131,7 +136,8 @@ def launches(arch: str) -> list[Launch]:
     d = Recorder(arch)
     quantizing(d, SHAPE)
     for shape, _, exact in PRODUCTS:
-        product(d, shape, exact)
+        for plan in plans(arch, shape, exact):
+            product(d, plan, shape)
     first: dict[str, Launch] = {}
     for of in d.launches:
         first.setdefault(of.kernel, of)
@@ -166,9 +172,9 @@ def operations(arch: str) -> dict[str, Operations]:
     times = {kernel: N / SOME.n if "weights" in kernel else M / SOME.m for kernel in d.executed}
     times["tensor_scale"] = 1
     for shape, part, exact in PRODUCTS:
-        product(d, part, exact)
-        kernel = launch.product(arch, part.m, exact).kernel
-        times[kernel] = prod(shape[:2]) * (shape.k + shape.s) / prod(part[:2]) / (part.k + part.s)
+        for plan in plans(arch, shape, exact):
+            product(d, plan, part)
+            times[plan.kernel] = prod(shape[:2]) * (shape.k + shape.s) / prod(part[:2]) / (part.k + part.s)
     found = {}
     for kernel, executed in d.executed.items():
         float_ = sum(count for opcode, count in executed.items() if FLOAT.fullmatch(opcode))
@@ -194,6 +200,7 @@ WORK: dict[str, Case | int] = {  # a case of gpu.bench, or the bytes that have t
     "gemm_exact": Case("exact", M, N, K, S),
     "gemm_native": Case("exact", M, N, K, S),
     "gemm_fast": Case("fast", M, N, K, S),
+    **{plan.kernel: Case("fast", M, N, K, S) for plan in launch.HOPPER},
     "gemm_small_16": Case("fast", FEW, N, K, S),
     "gemm_small_8": Case("fast", FEWER, N, K, S),
 }

@@ -230,7 +230,7 @@ def memory(face: Face, size: Size) -> Iterator[Comparison]:
     for m, k in size.shapes:
         x = np.clip(stress.matrix(rng, "all kinds", (m, k)), -1e15, 1e15)  # squares stay in range
         selection = stress.selection(rng, k, k // 2 // BLOCK * BLOCK)
-        held, order = device.upload(x, "float32"), device.upload(selection.order.astype(np.int32), "int32")
+        held, order = device.upload(x, "float32"), device.upload(selection.order.astype(np.uint16), "uint16")
         scale, s = np.float32(0.01), selection.num_residual
         held_scale = device.upload(np.array([scale]), "float32")
         weight = device.upload(np.ones(k, np.float32), "float32")
@@ -290,11 +290,12 @@ def half_products(face: Face, size: Size) -> Iterator[Comparison]:
     for kind in stress.PRODUCTS:
         for m, n, k in size.half_products:
             a, b = stress.product(rng, kind, m, n, k)
-            few = m <= launch.FEW_ROWS
-            y = face.matmul(a, b, exact=False), fast_product(a, b, m)
-            what = f"matmul, exact=False, {'few' if few else 'many'} rows = emulator"
-            claimed = few or adds_as_hopper(face.device)
-            yield Comparison(what, f"{kind}, M={m} N={n} K={k}", {"y": y}, claimed)
+            expected, few = fast_product(a, b, m), m <= launch.FEW_ROWS
+            claimed, packed = few or adds_as_hopper(face.device), (face.pack(a), face.pack(b))
+            for plan in launch.products(face.device.arch, m, k, exact=False):
+                y = face.device.download(launch.multiply(face.device, plan, *packed)), expected
+                what = f"matmul, exact=False, {plan.kernel} = emulator"
+                yield Comparison(what, f"{kind}, M={m} N={n} K={k}", {"y": y}, claimed)
 
 
 def fast_product(a: NVFP4Tensor, b: NVFP4Tensor, m: int) -> Float32:

@@ -29,7 +29,7 @@ from gpu.face import Face
 from gpu.verify import fast_product
 
 cuda_compiler()
-DEVICES = ["interpreted sm_80", "interpreted sm_120a"]
+DEVICES = ["interpreted sm_80", "interpreted sm_90a", "interpreted sm_120a"]
 if gpu.why_not() is None or "gpu" in REQUIRED:
     DEVICES.append("cuda")
 on_every_device = pytest.mark.parametrize("face", DEVICES, indirect=True)
@@ -244,8 +244,8 @@ def test_bytes_in_memory_are_those_of_the_layout(face, layer, more_rows):
     """Packed pairs, swizzled scales, and zeros where rows and columns are filled up, from every kernel."""
     x, selection = layer
     x = np.concatenate([x, np.zeros((more_rows, x.shape[1]), np.float32)])
-    device, order = face.device, selection.order.astype(np.int32)
-    held, order = device.upload(x, "float32"), device.upload(order, "int32")
+    device, order = face.device, selection.order.astype(np.uint16)
+    held, order = device.upload(x, "float32"), device.upload(order, "uint16")
     weight = np.ones(selection.K, np.float32)
     scale = device.upload(np.float32([1]), "float32")
     norm = launch.rmsnorm_augment_activations(
@@ -290,6 +290,21 @@ def test_exact_product_is_the_one_of_blackwell(face, kind, size, seed):
 def test_exact_product_where_one_bit_decides(face, pair, m, n, steps, seed):
     a, b = pair(np.random.default_rng(seed), m, n, steps)
     assert_same_bits(face.matmul(a, b), emulator.matmul(a, b))
+
+
+@on_every_device
+@pytest.mark.parametrize("shape", [(129, 1616), (3, 4112)])
+def test_blocks_of_a_row_are_shared_out_among_warps_and_thread_blocks(face, shape):
+    """Of many rows each has a thread block, whose warps come round again; of few, several."""
+    rng = np.random.default_rng(0)
+    x, s = rng.standard_normal(shape).astype(np.float16), 48
+    selection = select_top(rng.random(shape[1]).astype(np.float32), s)
+    for name, *arguments in (
+        ("augment_activations", x, selection, np.float32(0.001)),
+        ("augment_weights", x, selection),
+        ("rmsnorm_augment_activations", x, np.ones(shape[1]), 0.0, selection, np.float32(0.001)),
+    ):
+        assert_same_tensor(getattr(face, name)(*arguments), getattr(arcquant_ref, name)(*arguments))
 
 
 @on_every_device
@@ -422,19 +437,22 @@ def test_products_refuse_what_is_no_product(face):
 @on_every_device
 def test_launchers_look_at_what_they_get(face):
     device = face.device
-    x, order = device.upload(np.ones((2, 32), np.float32), "float32"), device.upload(np.arange(32), "int32")
+    x, order = (
+        device.upload(np.ones((2, 32), np.float32), "float32"),
+        device.upload(np.arange(32, dtype=np.uint16), "uint16"),
+    )
     wide = device.upload(np.zeros((1, 65536 - 64 + 32), np.float32), "float32")
     q = face.pack(arcquant_ref.quantize(np.ones((2, 32))))
     for message, function, *arguments in [
-        ("order has shape .32,. and dtype uint8; it must be .32,. and int32", launch.augment_weights, x,
+        ("order has shape .32,. and dtype uint8; it must be .32,. and uint16", launch.augment_weights, x,
          device.upload(np.arange(32, dtype=np.uint8), "uint8"), 16),
         ("num_residual=8 must be a multiple of 16 from 0 to 32", launch.augment_weights, x, order, 8),
         ("tensor_scale has shape", launch.quantize, x, x),
-        ("x has dtype int32; the kernels read float32, float16, bfloat16", launch.quantize, order),
+        ("x has dtype uint16; the kernels read float32, float16, bfloat16", launch.quantize, order),
         ("x has shape .32,.", launch.quantize, device.upload(np.ones(32, np.float32), "float32")),
         ("a has K=32 and b has K=16", launch.matmul, q, face.pack(arcquant_ref.quantize(np.ones((2, 16))))),
         ("a row takes 262016 bytes of shared memory", launch.augment_weights, wide,
-         device.upload(np.arange(65504, dtype=np.int32), "int32"), 16),
+         device.upload(np.arange(65504, dtype=np.uint16), "uint16"), 16),
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=message):
             function(device, *arguments)

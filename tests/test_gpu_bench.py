@@ -306,7 +306,7 @@ def test_a_wrong_product_is_reported(on_the_cpu, monkeypatch):
         assert "y differ, first at (0, 0)" in result.reason
 
 
-def test_the_timer_overwrites_l2_before_each_call_and_lets_the_host_get_ahead():
+def test_the_timer_fills_l2_before_each_call_and_lets_the_host_get_ahead():
     log = []
 
     class Event:
@@ -319,12 +319,12 @@ def test_the_timer_overwrites_l2_before_each_call_and_lets_the_host_get_ahead():
         def elapsed_time(self, end):
             return 5.0  # milliseconds
 
-    class Buffer:
-        def __init__(self, nbytes, **how):
-            assert nbytes >= 2 * 50e6
+    def zeros(count=1, *, dtype, device):
+        return np.zeros(count, dtype)
 
-        def zero_(self):
-            log.append("flush")
+    def read(other, dim, out):
+        assert other.nbytes >= 2 * 50e6
+        log.append("flush")
 
     cuda = SimpleNamespace(
         Event=Event,
@@ -333,7 +333,7 @@ def test_the_timer_overwrites_l2_before_each_call_and_lets_the_host_get_ahead():
         current_device=lambda: 0,
         get_device_properties=lambda device: SimpleNamespace(L2_cache_size=50_000_000),
     )
-    timer = bench.Timer(SimpleNamespace(cuda=cuda, empty=Buffer, uint8=None))
+    timer = bench.Timer(SimpleNamespace(cuda=cuda, zeros=zeros, sum=read, float32=np.float32))
     times = timer(lambda i: log.append(f"call {i}"))
     assert times == [5e-3] * 20  # as many as fit 0.1 s
     once = [step for i in range(20) for step in ("flush", "event", f"call {i}", "event")]

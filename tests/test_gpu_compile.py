@@ -73,6 +73,15 @@ def test_the_portable_products_are_fp16_mmas(name, arch, tmp_path):
     assert "OMMA" not in code
 
 
+def test_the_fast_products_of_hopper_are_asynchronous(tmp_path):
+    """Four steps of 16 along K; ptxas would say so if it let the products wait for each other."""
+    code, log = sass("gemm_hopper", "90a", tmp_path), load.compiled("gemm_hopper", "90a").log
+    for plan in launch.HOPPER:
+        assert len(re.findall(rf"\bHGMMA\.64x{plan.tile_n}x16\.F32\b", code)) >= 4
+    assert "serialized" not in log
+    assert max(plan.shared_bytes for plan in launch.HOPPER) <= SHARED_KIB["90a"] * 1024
+
+
 def test_conversions_are_instructions_where_the_gpu_has_them(tmp_path):
     for arch, e2m1, e4m3 in (("80", False, False), ("89", False, True), ("120a", True, True)):
         code = sass("quantize", arch, tmp_path)

@@ -150,10 +150,11 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
         Mutant(
             "fast: codes rescaled by a power of two",
-            "mul_f16x2(pairs[j], 0x58005800)",
-            "mul_f16x2(pairs[j], 0x54005400)",
+            "f16x2_of_e4m3x2(p.scales[i][c / 2] & E4M3::magnitude)",
+            "mul_f16x2(f16x2_of_e4m3x2(p.scales[i][c / 2] & E4M3::magnitude), 0x38003800)",
         ),
-        Mutant("fast: NaN is a number", "? 0x7FFF7FFF : pair", "? pair : pair"),
+        Mutant("fast: the scale's sign counts", "p.scales[i][c / 2] & E4M3::magnitude", "p.scales[i][c / 2]"),
+        Mutant("fast: scale of the other block", "p.scales[i][c / 2] &", "p.scales[i][1 - c / 2] &"),
         Mutant(
             "fast: groups out of order",
             "for (int group = 0; group < EXACT_GROUPS; group++) {\n            u32 fa[MT][4]",
@@ -182,7 +183,54 @@ MUTANTS = {  # architecture, probe, file → changes
         Mutant(
             "small: rows 8 further first", "{upper[0], lower[0], upper[1]", "{lower[0], upper[0], upper[1]"
         ),
-        Mutant("small: another bit is the sign", "(codes << 4 & SIGNS)", "(codes << 5 & SIGNS)"),
+        Mutant("small: the first row is not read", "ROWS / 8 && !inside ? 0", "ROWS / 8 && inside ? 0"),
+    ],
+    ("80", "few", "tiles.cuh"): [
+        Mutant("small: another bit is the sign", "(codes << 4 & signs)", "(codes << 5 & signs)"),
+    ],
+    ("90a", "hopper", "tiles.cuh"): [
+        Mutant("hopper: half of A and half of B", "0x74007400", "0x70007000"),
+    ],
+    ("90a", "hopper", "gemm_hopper.cu"): [
+        Mutant("hopper: groups of B backwards", "of_b + 2 * group", "of_b + 6 - 2 * group"),
+        Mutant("hopper: chunks where no swizzle expects them", "(4 * q + c ^ row) & 7", "(4 * q + c) & 7"),
+        Mutant(
+            "hopper: scales of the other step", "(2 * r + half) * 4 + 2 * q", "(2 * r + 1 - half) * 4 + 2 * q"
+        ),
+        Mutant("hopper: the scale's sign counts", "(at) & 0x7F7F)", "(at))"),
+        Mutant("hopper: rows 4 further instead of 8", "? k * 4 : 0", "? k * 2 : 0"),
+        Mutant(
+            "hopper: codes beyond K are read",
+            "lane % 4 * 16 < k / 2",
+            "lane % 4 * 16 <= k / 2",
+            "out of bounds",
+        ),
+        Mutant("hopper: no fence before the products", "        wgmma_fence();\n", "", "wgmma.fence"),
+        Mutant(
+            "hopper: decoded numbers are not shown to wgmma",
+            "        fence_for_wgmma();\n        wgmma_wait",
+            "        wgmma_wait",
+            "fence.proxy.async",
+        ),
+        Mutant("hopper: no wait for the products", "        wgmma_wait<0>();\n", "", "wgmma"),
+        Mutant(
+            "hopper: no barrier after a step",
+            "        __syncthreads();\n    }\n    int g",
+            "    }\n    int g",
+            UNORDERED,
+        ),
+        Mutant(
+            "hopper: no wait for a piece",
+            "            cp_async_wait<STAGES - 1>();\n",
+            "",
+            IN_FLIGHT,
+        ),
+        Mutant(
+            "hopper: lanes do not wait for each other",
+            "            cp_async_wait<STAGES - 1>();\n            __syncwarp();\n",
+            "            cp_async_wait<STAGES - 1>();\n",
+            UNORDERED,
+        ),
     ],
     ("80", "few", "formats.cuh"): [
         Mutant("small: a NaN scale is a number", "| nan * 0x7FFF", "| nan * 0"),
@@ -240,6 +288,7 @@ MUTANTS = {  # architecture, probe, file → changes
             "bool ordinary = a < __fmul_rn(step, tensor_scale.limit);",
             "bool ordinary = true;",
         ),
+        Mutant("the short division overflows nibbles", "fminf(quotient[i], E2M1::largest)", "quotient[i]"),
         Mutant("a step too small for the short division", "x > power_of_two(-90)", "x > 0"),
         Mutant("slowly: the first code is the last", "for (int j = 1; j < BLOCK; j++) x[j - 1] = x[j];", ""),
         Mutant("swizzled rows 32 off", "row / 32 % 4 * 4", "(row / 32 + 1) % 4 * 4"),
@@ -254,8 +303,8 @@ MUTANTS = {  # architecture, probe, file → changes
     ("80", "bytes", "augment.cu"): [
         Mutant(
             "scale padding is not written",
-            "        fill_scales(row, rows, (k + s) / BLOCK, scales);\n",
-            "        ;\n",
+            "    fill_scales(row, rows, (k + s) / BLOCK, scales);\n",
+            "",
             "never written",
         ),
         Mutant(
@@ -269,17 +318,23 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fsub_rn(x[i], __fmul_rn(value, tensor_scale.value))",
         ),
         Mutant("not interleaved", "to = b < first ? b : 2 * b - first", "to = b"),
+        Mutant("warps leave blocks out", "step = 2 * (warps - warp) - 1", "step = 2 * (warps - warp)"),
+        Mutant(
+            "the next channels, not those of the next block",
+            "Gather(order, b - step * 32",
+            "Gather(order, b - 32",
+        ),
         Mutant("weights get residuals", "augment<false>(x", "augment<true>(x"),
         Mutant(
             "no wait for the copies of a row",
-            "    cp_async_wait<0>();\n    __syncthreads();\n    augment_rows<RESIDUAL, T>",
-            "    __syncthreads();\n    augment_rows<RESIDUAL, T>",
+            "    cp_async_wait<0>();\n",
+            "",
             IN_FLIGHT,
         ),
         Mutant(
             "a row is read before it is there",
-            "    __syncthreads();\n    augment_rows<RESIDUAL, T>",
-            "    augment_rows<RESIDUAL, T>",
+            "    cp_async_wait<0>();\n    __syncthreads();\n",
+            "    cp_async_wait<0>();\n",
             UNORDERED,
         ),
         Mutant(
@@ -344,6 +399,16 @@ def fast(face: Face) -> None:
     for m, n, blocks, kind in ((75, 131, 23, "ordinary"), (33, 70, 8, "spread"), (20, 9, 9, "any bits")):
         a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
         assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fp16(a, b))
+
+
+def hopper(face: Face) -> None:
+    rng = np.random.default_rng(1)
+    for m, n, blocks, kind in ((75, 131, 24, "ordinary"), (33, 70, 10, "spread"), (20, 9, 2, "any bits")):
+        a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
+        packed = face.pack(a), face.pack(b)
+        for plan in launch.products("90a", m, a.shape[1], exact=False):
+            y = face.device.download(launch.multiply(face.device, plan, *packed))
+            assert_same_bits(y, emulator.matmul_fp16(a, b))
 
 
 def few(face: Face) -> None:
@@ -420,6 +485,7 @@ def bytes_(face: Face) -> None:
     x, selection = stress(rng, 40, 336), select_top(rng.random(336).astype(np.float32), 160)
     weight, device, small = rng.standard_normal(336).astype(np.float32), face.device, np.float32(0.0007)
     row, on_ties = norm_on_ties()
+    many = stress(rng, 129, 1616), select_top(rng.random(1616).astype(np.float32), 48)
     ends = [(on_boundaries_of_scales(np.float32(s)), s) for s in (0.0007 * 2.0**-85, 1.3 * 2.0**127)]
     for name, *arguments in [
         *(("quantize", *end) for end in ends),
@@ -432,13 +498,14 @@ def bytes_(face: Face) -> None:
         ("augment_activations", x, selection, 1.0),
         ("augment_activations", x, selection, small),
         ("augment_activations", almost_values(small), select_top(np.ones(4 * BLOCK), 4 * BLOCK), small),
+        ("augment_activations", *many, 1.0),
         ("augment_weights", x, selection),
         ("rmsnorm_augment_activations", x, weight, 1e-5, selection, small),
         ("rmsnorm_augment_activations", row, on_ties, 0.0, select_top(np.ones(1024), 0), 1.0),
     ]:
         expected: NVFP4Tensor = getattr(arcquant_ref, name)(*arguments)
         assert_same_tensor(getattr(face, name)(*arguments), expected)
-    order = device.upload(selection.order.astype(np.int32), "int32")
+    order = device.upload(selection.order.astype(np.uint16), "uint16")
     packed = launch.augment_weights(device, device.upload(x, "float32"), order, selection.num_residual)
     expected = arcquant_ref.augment_weights(x, selection)
     for q in (packed, face.pack(expected)):
@@ -447,15 +514,28 @@ def bytes_(face: Face) -> None:
     np.testing.assert_array_equal(face.encode_e4m3(E4M3.midpoints), emulator.encode_e4m3(E4M3.midpoints))
 
 
-PROBES: dict[str, Callable[[Face], None]] = {"exact": exact, "fast": fast, "few": few, "bytes": bytes_}
+PROBES: dict[str, Callable[[Face], None]] = {
+    "exact": exact,
+    "fast": fast,
+    "hopper": hopper,
+    "few": few,
+    "bytes": bytes_,
+}
 
 
 def test_names_are_distinct():
     assert len({mutant.name for *_, mutant in ALL}) == len(ALL) >= 18
 
 
-@pytest.mark.parametrize("arch", ["80", "120a"])
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize(
+    ("probe", "arch"),
+    [
+        (probe, arch)
+        for probe in PROBES
+        for arch in ("80", "90a", "120a")
+        if probe != "hopper" or arch == "90a"
+    ],
+)
 def test_unchanged_sources_pass(probe, arch, folder):
     PROBES[probe](Face(Changed(arch, SOURCES, folder)))
 

@@ -16,7 +16,7 @@ from gpu.face import Face
 optional("cupy")
 
 
-@pytest.mark.parametrize("arch", ["80", "120a"])
+@pytest.mark.parametrize("arch", ["80", "90a", "120a"])
 def test_nothing_differs_on_the_interpreter(arch, tmp_path, capsys):
     file = tmp_path / "found.json"
     assert verify.main(["--quick", "--device", "interpreted", f"sm_{arch}", "--json", str(file)]) == 0

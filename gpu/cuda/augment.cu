@@ -2,34 +2,35 @@
 // P … P P₀ R₀ P₁ R₁ … (weights: P₀ P₀ P₁ P₁ …), packed, with swizzled scales; what is filled up becomes zero.
 //   residual = fl(x − e2m1 · e4m3 · tensor_scale), one rounding: an FMA, since e2m1 · e4m3 is exact.
 // Equals emulator/augment.py: augment_activations, augment_weights, rmsnorm_augment_activations.
-// Launch: grid ⌈rows filled up to 128s / rows_each⌉, and rows_each rows to a thread block, in dynamic shared memory:
-// K numbers as they come (after RMSNorm: as float32, and one row). RMSNorm: 256 threads, which its additions need.
+// Launch: grid (rows filled up to 128s, any), a row to a thread block or to several, which share out its blocks.
+// Dynamic shared memory: K numbers as they come (after RMSNorm: as float32). RMSNorm: 256 threads, which its
+// additions need.
 #include "blocks.cuh"
 
 constexpr int LANES = 256;
 extern __shared__ uint4 shared_row[];
 
-// 32 blocks of one row, one a lane, from `chunk` · 32 on; `staged` bytes into shared_row the row begins.
-template <bool RESIDUAL, class T>
-__device__ inline void augment_chunk(u32 staged, int row, int chunk, int k, int s, const int *order,
-                                     const TensorScale &tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
-    u32 blocks = (k + s) / BLOCK, tiles = (blocks + 3) / 4, first = (k - s) / BLOCK;
-    u32 b = chunk * 32 + threadIdx.x % 32;
-    if (b >= k / BLOCK) return;
-    const u8 *row_of_x = reinterpret_cast<const u8 *>(shared_row);
-    float x[BLOCK];
-#pragma unroll
-    for (int i = 0; i < BLOCK; i += 4) {
-        uint4 at = *reinterpret_cast<const uint4 *>(order + b * BLOCK + i);
-        const u32 channels[4] = {at.x, at.y, at.z, at.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            x[i + j] = reinterpret_cast<const T *>(row_of_x + (staged + channels[j] * (u32)sizeof(T)))->value();
+// Where the channels of a block are.
+struct Gather {
+    uint4 order[2] = {};
+    __device__ Gather(const u16 *of_row, int block, int blocks) {
+        const uint4 *from = reinterpret_cast<const uint4 *>(of_row + block * BLOCK);
+        if (block >= 0 && block < blocks) order[0] = from[0], order[1] = from[1];
     }
+    template <class T> __device__ void read(float (&x)[BLOCK], const T *row) const {
+        const u32 pairs[BLOCK / 2] = {order[0].x, order[0].y, order[0].z, order[0].w,
+                                      order[1].x, order[1].y, order[1].z, order[1].w};
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) x[i] = row[i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFF].value();
+    }
+};
+
+// x to block `to` of a row, and if that is not the `last`, its residual to the next one.
+template <bool RESIDUAL>
+__device__ inline void augment_block(float (&x)[BLOCK], int to, int last, const TensorScale &tensor_scale,
+                                     u32 *largest, u8 *codes, u8 *scales) {
     u32 amax = amax_bits(x);
     tell_non_finite(largest, amax);
-    codes += (size_t)row * (k + s) / 2, scales += scale_offset(row, 0, tiles);
-    u32 to = b < first ? b : 2 * b - first, last = b < first ? to : to + 1;
     Block block;
 #pragma unroll 1
     for (bool again = false;; again = true, to++) {
@@ -49,49 +50,48 @@ __device__ inline void augment_chunk(u32 staged, int row, int chunk, int k, int 
     }
 }
 
-// All blocks of `rows_here` rows, shared out among warps: the last blocks first, which have a residual and take
-// twice as long.
+// The row that is, or arrives, in shared memory. A warp takes 32 blocks at a time, one a lane: the last ones first,
+// which have a residual and take twice as long, then forth and back, so that no warp has the longer ones always.
+// Where the next channels are is loaded ahead, the first ones while the row arrives.
 template <bool RESIDUAL, class T>
-__device__ inline void augment_rows(int first_row, int rows_here, int k, int s, const int *order,
-                                    const TensorScale &tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
-    u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, more_rows = warps % rows_here, fewer = warps / rows_here;
-    keep(more_rows), keep(fewer);
-    int row = warp % rows_here, chunk = (k / BLOCK + 31) / 32 - 1 - warp / rows_here;
-    while (chunk >= 0) {
-        u32 staged = row * k * (int)sizeof(T);
-        keep(staged);
-        augment_chunk<RESIDUAL, T>(staged, first_row + row, chunk, k, s, order, tensor_scale, largest, codes, scales);
-        row += more_rows, chunk -= fewer;
-        if (row >= rows_here) row -= rows_here, chunk--;
+__device__ inline void augment_row(int row, int k, int s, const u16 *order, const TensorScale &tensor_scale,
+                                   u32 *largest, u8 *codes, u8 *scales) {
+    int blocks = k / BLOCK, first = (k - s) / BLOCK, chunks = (blocks + 31) / 32;
+    int warp = (blockIdx.y * blockDim.x + threadIdx.x) / 32, warps = gridDim.y * blockDim.x / 32;
+    int b = (chunks - 1 - warp) * 32 + (int)threadIdx.x % 32, step = 2 * (warps - warp) - 1;
+    codes += (size_t)row * (k + s) / 2, scales += scale_offset(row, 0, ((k + s) / BLOCK + 3) / 4);
+    Gather next(order, b, blocks);
+    cp_async_wait<0>();
+    __syncthreads();
+    for (; b >= 0; b -= step * 32, step = 2 * warps - step) {
+        float x[BLOCK];
+        next.read(x, reinterpret_cast<const T *>(shared_row));
+        next = Gather(order, b - step * 32, blocks);
+        int to = b < first ? b : 2 * b - first;
+        if (b < blocks)
+            augment_block<RESIDUAL>(x, to, b < first ? to : to + 1, tensor_scale, largest, codes, scales);
     }
 }
 
 // Zero where no block is: in all of a row beyond the last one, else in what fills the last tile.
 __device__ inline void fill_scales(int row, int rows, int blocks, u8 *scales) {
+    if (blockIdx.y > 0) return;
     int tiles = (blocks + 3) / 4;
     for (int c = (row < rows ? blocks : 0) + threadIdx.x; c < 4 * tiles; c += blockDim.x)
         scales[scale_offset(row, c, tiles)] = 0;
 }
 
 template <bool RESIDUAL, class T>
-__device__ inline void augment(const T *x, int rows, int rows_each, int k, int s, const int *order,
-                               const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {
-    int first_row = blockIdx.x * rows_each, filled = (rows + 127) / 128 * 128;
-    if ((k + s) / BLOCK % 4 != 0 || first_row + rows_each > rows) // rarely
-        for (int row = first_row; row < min(first_row + rows_each, filled); row++)
-            fill_scales(row, rows, (k + s) / BLOCK, scales);
-    int rows_here = min(rows_each, rows - first_row);
-    if (rows_here <= 0) return;
-    const uint4 *source = reinterpret_cast<const uint4 *>(x + (size_t)first_row * k);
-    int chunks = rows_here * (k * (int)sizeof(T) / 16), i = threadIdx.x, step = blockDim.x;
-    for (; i + 3 * step < chunks; i += 4 * step) // four at a time: a loop costs more than a copy
-#pragma unroll
-        for (int j = 0; j < 4; j++) cp_async16(shared_address(shared_row + i + j * step), source + i + j * step, 16);
-    for (; i < chunks; i += step) cp_async16(shared_address(shared_row + i), source + i, 16);
+__device__ inline void augment(const T *x, int rows, int k, int s, const u16 *order, const float *tensor_scale,
+                               u32 *largest, u8 *codes, u8 *scales) {
+    int row = blockIdx.x, chunks = k * (int)sizeof(T) / 16;
+    fill_scales(row, rows, (k + s) / BLOCK, scales);
+    if (row >= rows) return;
+    const uint4 *from = reinterpret_cast<const uint4 *>(x + (size_t)row * k);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < chunks; i += blockDim.x) cp_async16(shared_address(shared_row + i), from + i, 16);
     cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
-    augment_rows<RESIDUAL, T>(first_row, rows_here, k, s, order, *tensor_scale, largest, codes, scales);
+    augment_row<RESIDUAL, T>(row, k, s, order, *tensor_scale, largest, codes, scales);
 }
 
 // lanes[t] = Σ fl(x[k]²) over k = t, t + 256, …, added in this order; then halves are added: t and t + 128, …
@@ -111,7 +111,7 @@ __device__ inline float sum_of_squares(const float *row, int k, float *lanes) {
 // y = fl(fl(x · r) · weight), r = fl(1 / fl(√fl(fl(sum / K) + ε))); rest: rows from the first on
 // whose y is not finite.
 template <class T>
-__device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const int *order, const float *weight,
+__device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const u16 *order, const float *weight,
                                        float epsilon, const float *tensor_scale, u32 *largest, u32 *rest,
                                        u8 *codes, u8 *scales) {
     __shared__ float lanes[LANES];
@@ -136,26 +136,22 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
         bad |= (__float_as_uint(row[i]) & MAGNITUDE) >= INF;
     }
     if (bad) atomicMax(rest, rows - blockIdx.x);
-    __syncthreads();
-    augment_rows<true, F32>(blockIdx.x, 1, k, s, order, *tensor_scale, largest, codes, scales);
+    augment_row<true, F32>(blockIdx.x, k, s, order, *tensor_scale, largest, codes, scales);
 }
 
-// Thread blocks at once: 48 registers a thread, where ptxas manages that without spilling.
-constexpr int AT_ONCE = __CUDA_ARCH__ < 1000 ? 5 : 4;
-
 #define AUGMENT(name, T)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(LANES, AT_ONCE)                                             \
-        augment_activations_##name(const T *x, int rows, int rows_each, int k, int s, const int *order,      \
+    extern "C" __global__ void __launch_bounds__(LANES, 4)                                             \
+        augment_activations_##name(const T *x, int rows, int k, int s, const u16 *order,      \
                                    const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {         \
-        augment<true>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);                \
+        augment<true>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(LANES, 4)                                                   \
-        augment_weights_##name(const T *x, int rows, int rows_each, int k, int s, const int *order,          \
+    extern "C" __global__ void __launch_bounds__(LANES, 3)                                                   \
+        augment_weights_##name(const T *x, int rows, int k, int s, const u16 *order,          \
                                const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {             \
-        augment<false>(x, rows, rows_each, k, s, order, tensor_scale, largest, codes, scales);               \
+        augment<false>(x, rows, k, s, order, tensor_scale, largest, codes, scales);               \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LANES, 4) rmsnorm_augment_activations_##name(               \
-        const T *x, int rows, int k, int s, const int *order, const float *weight, float epsilon,            \
+        const T *x, int rows, int k, int s, const u16 *order, const float *weight, float epsilon,            \
         const float *tensor_scale, u32 *largest, u32 *rest, u8 *codes, u8 *scales) {                         \
         rmsnorm_augment(x, rows, k, s, order, weight, epsilon, tensor_scale, largest, rest, codes, scales);  \
     }

@@ -6,9 +6,9 @@
 // A tensor scale, and what all blocks need of it.
 struct TensorScale {
     float value, reciprocal;
-    float limit; // of amax / step, for the short division; 0 near the ends of float32
+    float limit; // of amax / step, for the short division: far above what is ordinary; 0 near the ends of float32
     __device__ TensorScale(float x) : value(x), reciprocal(__frcp_rn(x)), limit(0) {
-        if (x > power_of_two(-90) && x < power_of_two(90)) limit = E2M1::largest + 0.5f;
+        if (x > power_of_two(-90) && x < power_of_two(90)) limit = power_of_two(30);
         keep(limit);
     }
 };
@@ -62,11 +62,15 @@ __device__ inline Block quantize_block(float (&x)[BLOCK], const TensorScale &ten
     Block block;
     block.scale = nearest_scale(v);
     float step = __fmul_rn(E4M3::positive_value(block.scale), tensor_scale.value);
-    bool ordinary = a < __fmul_rn(step, tensor_scale.limit); // not NaN, infinity, what a static scale saturates
+    bool ordinary = a < __fmul_rn(step, tensor_scale.limit); // not NaN, not infinity
     if (!ordinary) return quantize_any_block(x, tensor_scale.value, amax);
     float reciprocal = __frcp_rn(step), quotient[BLOCK];
 #pragma unroll
     for (int i = 0; i < BLOCK; i++) quotient[i] = quotient_of(x[i], step, reciprocal);
+    if (a >= __fmul_rn(step, E2M1::largest + 0.5f)) { // a static tensor scale saturates
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) quotient[i] = fminf(quotient[i], E2M1::largest);
+    }
     block.codes[0] = nearest_e2m1x8(x, quotient);
     block.codes[1] = nearest_e2m1x8(x + 8, quotient + 8);
     return block;

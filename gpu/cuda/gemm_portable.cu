@@ -12,26 +12,11 @@
 #include "tiles.cuh"
 
 constexpr int THREADS = 256, TILE_M = 128, STEP = 64, ROW_BYTES = 2 * STEP;
-constexpr u32 SIGNS = 0x80008000, FIELDS = 0x0E000E00; // where an fp16 pair has sign, and e, e, m of E2M1
 constexpr u32 EXACT_GROUPS = STEP / BLOCK;
 extern __shared__ uint4 shared[];
 
 // Chunk c of a row (8 numbers, 16 bytes) lies where c ^ row is: 8 rows meet all 32 banks once.
 __device__ inline u32 chunk_offset(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ row) & 7) * 16; }
-
-// Codes j and j + 4 of 8 → an fp16 pair, each value times 2^-14: the fields moved to where fp16 has them.
-// That permutes k within 8, in both operands alike.
-__device__ inline u32 fp16_pair(u32 codes, int j) {
-    u32 sign = codes << (12 - 4 * j), fields = j < 3 ? codes << (9 - 4 * j) : codes >> 3;
-    return (sign & SIGNS) | (fields & FIELDS);
-}
-
-// The scale as an fp16 pair, times 2^7: its fields moved, times 2^15, exactly. NaN stays NaN, the sign is dropped.
-__device__ inline u32 fp16_scale(u32 scale) {
-    u32 magnitude = scale & E4M3::magnitude;
-    u32 pair = mul_f16x2((magnitude << 7) * 0x10001, 0x78007800);
-    return magnitude > E4M3::largest_code ? 0x7FFF7FFF : pair;
-}
 
 // One thread's part of a step: 32 codes of each of its rows, in two halves with a scale each.
 template <int ROWS> struct Packed {
@@ -67,11 +52,11 @@ template <int TILE_N, bool EXACT> struct Pipeline {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             u32 codes = (u32)(p.codes[i][c / 2] >> 32 * (c % 2)), pairs[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                pairs[j] = fp16_pair(codes, j);
-                if (!EXACT) // 2^-14 · 2^7 · (2^7 · scale)
-                    pairs[j] = mul_f16x2(mul_f16x2(pairs[j], 0x58005800), fp16_scale(p.scales[i][c / 2]));
+            if (EXACT) {
+                fp16_pairs(pairs, codes);
+            } else {
+                u32 scale = f16x2_of_e4m3x2(p.scales[i][c / 2] & E4M3::magnitude);
+                scaled_fp16_pairs(pairs, codes, __byte_perm(scale, 0, 0x1010));
             }
             *reinterpret_cast<uint4 *>(to + chunk_offset(i * 128 + threadIdx.x / 2, threadIdx.x % 2 * 4 + c)) =
                 make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -175,6 +160,7 @@ constexpr int GROUP_UNIT = 2 * (1 + E4M3::mantissa_bits);    // a group is a mul
 constexpr int FRACTION_BITS = 35;                            // kept below the largest exponent
 constexpr int ZERO_EXPONENT = -139;
 constexpr int HALF_DENORM = 14;                              // an fp16 pair holds the values times 2^-14
+constexpr u32 SIGNS = 0x80008000;                            // in it
 // Sums of a step are carried in units of 2^(lowest exponent − 8 + 23): exact while below 2 in magnitude, which
 // is bit 30 of a float32. NaN has it too.
 constexpr u32 TOO_LARGE = 0x40000000;

@@ -13,8 +13,7 @@
 
 constexpr int WARPS = 8, STAGES = 3, PIECE = 128, ROWS = 32, TILES = ROWS / 16;
 constexpr int ROW_BYTES = PIECE / 2, STEPS = PIECE / 64, SCALES = ROWS * 4; // of B, for one step of 64
-constexpr u32 SIGNS = 0x80808080, FIELDS = 0x0E0E0E0E; // in the upper bytes of four fp16 numbers
-constexpr u32 MAGNITUDES = 0x7F7F7F7F;                 // of four scales
+constexpr u32 MAGNITUDES = 0x7F7F7F7F; // of four scales
 constexpr float NONE[4] = {};
 extern __shared__ uint4 shared[];
 
@@ -29,12 +28,13 @@ __device__ inline int chunk_offset(int row, int chunk) { return row * ROW_BYTES 
 __device__ inline int row_of_b(int i) { return blockIdx.y / 4 * 128 + i / 8 * 32 + blockIdx.y % 4 * 8 + i % 8; }
 
 // What a lane copies of each piece: a chunk of every eighth row of B, then of A, and 16 bytes of scales of each.
-// Instead of a row that is not there it takes row 0; what comes of it is not stored. WHOLE: K is a multiple of 32;
-// else a row starts at a multiple of 8 bytes only.
+// Instead of a row that is not there it takes row 0, what comes of it is not stored; of A and M = 8 it takes nothing,
+// as most are not there. WHOLE: K is a multiple of 32; else a row starts at a multiple of 8 bytes only.
 template <int M, bool WHOLE> struct Copies {
     static constexpr int COUNT = (ROWS + M) / 8;
     const u8 *b_codes, *a_codes, *b_scales, *a_scales; // of the first row
     u32 further[COUNT], to;                            // how far the others are, in pieces of a row
+    u32 inside;                                        // 1 if there is a first row of A
     int k, tiles;
 
     __device__ Copies(const Operand &a, const Operand &b) : k(a.k), tiles(a.tiles()) {
@@ -47,9 +47,10 @@ template <int M, bool WHOLE> struct Copies {
         for (int i = 0; i < COUNT; i++) // 32 rows of B further, 8 rows of A
             further[i] = i < ROWS / 8 ? (row_b + 32 * i < b.rows ? k / 4 * i : 0)
                                       : (row_a + 8 * i - ROWS < a.rows ? k / 16 * (i - ROWS / 8) : 0);
+        inside = row_a < a.rows;
         b_scales = b.scales + (size_t)(blockIdx.y / 4) * tiles * 512 + lane / 8 * 512 + blockIdx.y % 4 * SCALES + lane % 8 * 16;
         a_scales = a.scales + lane / M * 512 + lane % M * 16; // a row's four bytes, and those of three that are not there
-        keep(b_codes), keep(a_codes), keep(b_scales), keep(to);
+        keep(b_codes), keep(a_codes), keep(b_scales), keep(to), keep(inside);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) keep(further[i]);
     }
@@ -61,10 +62,11 @@ template <int M, bool WHOLE> struct Copies {
         for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
             u32 at = stage + to + i * 8 * ROW_BYTES;
             const u8 *from = (i < ROWS / 8 ? b_codes : a_codes) + (u64)(further[i] + piece) * ROW_BYTES;
+            int bytes = M == 8 && i >= ROWS / 8 && !inside ? 0 : left;
             if (WHOLE) {
-                cp_async16(at, from, left > 0 ? 16 : 0);
+                cp_async16(at, from, bytes > 0 ? 16 : 0);
             } else {
-                cp_async8(at, from, left > 0 ? 8 : 0), cp_async8(at + 8, from + 8, left > 8 ? 8 : 0);
+                cp_async8(at, from, bytes > 0 ? 8 : 0), cp_async8(at + 8, from + 8, bytes > 8 ? 8 : 0);
             }
         }
         if (lane < STEPS * SCALES / 16)
@@ -73,14 +75,6 @@ template <int M, bool WHOLE> struct Copies {
             cp_async16(stage + Stage<M>::a_scales + lane * 16, a_scales + step * 512, step + lane / M < tiles ? 16 : 0);
     }
 };
-
-// Eight codes → fp16 pairs (0, 2), (4, 6), (1, 3), (5, 7), each value times 2^-14: the fields moved to where fp16
-// has them. So k is permuted within a block, in both operands alike.
-__device__ inline void decode(u32 (&pairs)[4], u32 codes) {
-    u32 even = (codes << 1 & FIELDS) | (codes << 4 & SIGNS), odd = (codes >> 3 & FIELDS) | (codes & SIGNS);
-    pairs[0] = __byte_perm(even, 0, 0x1404), pairs[1] = __byte_perm(even, 0, 0x3424);
-    pairs[2] = __byte_perm(odd, 0, 0x1404), pairs[3] = __byte_perm(odd, 0, 0x3424);
-}
 
 template <int M> struct Sums {
     float acc[TILES][M / 8][4] = {}; // times 2^-28
@@ -115,7 +109,7 @@ template <int M> struct Sums {
                     u32 pairs[4], scales = f16x2_of_e4m3x2(scales_a[i] >> 16 * chunk);
                     u32 of_first = __byte_perm(scales, 0, t < 2 ? 0x1010 : 0x4444);
                     u32 of_second = __byte_perm(scales, 0, t < 2 ? 0x4444 : 0x3232);
-                    decode(pairs, of_a[i][chunk]);
+                    fp16_pairs(pairs, of_a[i][chunk]);
 #pragma unroll
                     for (int p = 0; p < 4; p++) {
                         first[i][p] = mul_f16x2(pairs[p], of_first);
@@ -125,7 +119,7 @@ template <int M> struct Sums {
 #pragma unroll
                 for (int j = 0; j < TILES; j++) {
                     u32 upper[4], lower[4];
-                    decode(upper, of_b[j][2 * chunk]), decode(lower, of_b[j][2 * chunk + 1]);
+                    fp16_pairs(upper, of_b[j][2 * chunk]), fp16_pairs(lower, of_b[j][2 * chunk + 1]);
                     const u32 scales[2] = {f16x2_of_e4m3x2(scales_b[2 * j] >> 16 * chunk),
                                            f16x2_of_e4m3x2(scales_b[2 * j + 1] >> 16 * chunk)};
 #pragma unroll

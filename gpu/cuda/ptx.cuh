@@ -13,13 +13,16 @@ __device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
 
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
-// 16 or 8 bytes, global to shared, without registers; what lies beyond `bytes` is filled with zero.
+// 16, 8 or 4 bytes, global to shared, without registers; what lies beyond `bytes` is filled with zero.
 // Section "Data movement: cp.async".
 __device__ inline void cp_async16(u32 to, const void *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 __device__ inline void cp_async8(u32 to, const void *from, u32 bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void cp_async4(u32 to, const void *from, u32 bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ inline void cp_async_wait() {
@@ -49,6 +52,46 @@ __device__ inline void mma_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1,
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
           "f"(c[3]));
 }
+
+#if __CUDA_ARCH__ == 900
+// Four warps at once, D += A·Bᵀ, 64×N×16 of fp16: it starts, and runs while the warps go on. A and B lie in shared
+// memory, rows of 128 bytes (64 numbers along K) whose 16-byte chunk c is where c ^ row % 8 is, from a multiple of
+// 1024 on; a start 32 bytes further is the next 16 numbers. Warp w has rows 16w … 16w + 15 of D, columns 8j … in
+// d[j], in them as mma_f16. Section "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
+__device__ inline u64 wgmma_operand(u32 address) { // swizzle of 128 bytes; 8 rows are 1024 bytes
+    return (u64)(address >> 4 & 0x3FFF) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+#define D_0_31 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18" \
+    ", %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define D_32_63 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define D_64_127 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109" \
+    ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123" \
+    ", %124, %125, %126, %127"
+#define FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define THIRTYTWO(j) FOUR(j), FOUR(j + 1), FOUR(j + 2), FOUR(j + 3), FOUR(j + 4), FOUR(j + 5), FOUR(j + 6), FOUR(j + 7)
+#define WGMMA(N, D, A, B, ...)                                                                               \
+    __device__ inline void wgmma(float (&d)[N / 8][4], u64 a, u64 b) {                                       \
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, 1, 0;\n\t"                                       \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" D "}, " A ", " B             \
+                     ", p, 1, 1, 0, 0;\n\t}"                                                                 \
+                     : __VA_ARGS__                                                                           \
+                     : "l"(a), "l"(b));                                                                      \
+    }
+WGMMA(64, D_0_31, "%32", "%33", THIRTYTWO(0))
+WGMMA(128, D_0_31 D_32_63, "%64", "%65", THIRTYTWO(0), THIRTYTWO(8))
+WGMMA(256, D_0_31 D_32_63 D_64_127, "%128", "%129", THIRTYTWO(0), THIRTYTWO(8), THIRTYTWO(16), THIRTYTWO(24))
+// Before the first wgmma that adds to registers which other instructions have written.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// What this thread has written to shared memory, wgmma may read, after a barrier. Section "membar / fence".
+__device__ inline void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
 
 #ifdef NATIVE
 // D = A·Bᵀ + C, 16×8×64, E2M1 with one UE4M3 scale for 16 along K; byte-id and thread-id 0: a lane pair holds

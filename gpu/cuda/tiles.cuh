@@ -1,4 +1,4 @@
-// What the product kernels share: where operands lie, and the end of an output.
+// What the product kernels share: where operands lie, codes as fp16 numbers, the end of an output.
 #pragma once
 #include "formats.cuh"
 
@@ -22,6 +22,22 @@ __device__ inline void copy_codes(u32 to, const Operand &x, int row, int k) {
         cp_async8(to, from + (first ? k / 2 : 0), first ? 8 : 0);
         cp_async8(to + 8, from + (second ? k / 2 + 8 : 0), second ? 8 : 0);
     }
+}
+
+// Eight codes → fp16 pairs (0, 2), (4, 6), (1, 3), (5, 7), each value times 2^-14: the fields moved to where fp16
+// has them. So k is permuted within 8, in both operands alike.
+__device__ inline void fp16_pairs(u32 (&pairs)[4], u32 codes) {
+    constexpr u32 signs = 0x80808080, fields = 0x0E0E0E0E; // in the upper bytes of four fp16 numbers
+    u32 even = (codes << 1 & fields) | (codes << 4 & signs), odd = (codes >> 3 & fields) | (codes & signs);
+    pairs[0] = __byte_perm(even, 0, 0x1404), pairs[1] = __byte_perm(even, 0, 0x3424);
+    pairs[2] = __byte_perm(odd, 0, 0x1404), pairs[3] = __byte_perm(odd, 0, 0x3424);
+}
+
+// The same times 2^14 and a scale, given as an fp16 pair: e2m1·e4m3, exact.
+__device__ inline void scaled_fp16_pairs(u32 (&pairs)[4], u32 codes, u32 scale) {
+    fp16_pairs(pairs, codes);
+#pragma unroll
+    for (int p = 0; p < 4; p++) pairs[p] = mul_f16x2(mul_f16x2(pairs[p], 0x74007400), scale);
 }
 
 // The epilogue of all products is y = fl(acc · fl(tensor_scale_a · tensor_scale_b)), emulator/gemm.py: _epilogue.
