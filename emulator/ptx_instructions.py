@@ -321,7 +321,7 @@ def _atom(batch: Batch, o: list[str]) -> None:
 # Copies from global to shared memory that arrive later
 
 
-@instruction(r"cp\.async\.(ca|cg)\.shared\.global")
+@instruction(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::128B)?")
 def _cp_async(batch: Batch, o: list[str], cache: str) -> None:
     """[to], [from], width {, bytes to read: the rest becomes zero}"""
     to, source, width = batch.addresses(o[0]), batch.addresses(o[1]), batch.number(o[2])

@@ -112,7 +112,8 @@ class Cuda:
             self._modules[source] = self._cupy.cuda.function.Module()
             self._modules[source].load(made.cubin)
         function = self._modules[source].get_function(kernel)
-        most = self.shared_bytes - made.kernels[kernel].shared_bytes
+        static = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function.ptr)
+        most = self.shared_bytes - static
         driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
         self._functions[kernel] = function
         return function

@@ -219,12 +219,7 @@ SMALL = {
 }
 HOPPER = [
     Product(
-        "gemm_hopper",
-        f"gemm_hopper_{m}x{n}",
-        m,
-        n,
-        2 * m,
-        2 * (m + n) * 128 + 3 * (m + n) // 16 * (16 * 64 + 128),
+        "gemm_hopper", f"gemm_hopper_{m}x{n}", m, n, 2 * m, (m + n) * (2 * 128 + 3 * (16 * 64 + 128) // 16)
     )
     for m, n in ((128, 256), (64, 128), (64, 64))
 ]
@@ -237,15 +232,14 @@ def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
         return [NATIVE if load.is_native(arch) else EXACT]
     if m <= FEW_ROWS:
         return [next(plan for most, plan in SMALL.items() if m <= most)]
-    return (
-        HOPPER if arch == "90a" and k % 32 == 0 else [FAST]
-    )  # gemm_hopper copies 16 bytes of a row at a time
+    aligned = k % 32 == 0  # gemm_hopper copies 16 bytes of a row at a time
+    return HOPPER if arch == "90a" and aligned else [FAST]
 
 
 def product(arch: str, m: int, n: int, k: int, exact: bool) -> Product:
-    """The one for (M, K) by (N, K): the largest tile that M fills at least by half, if there are enough."""
+    """The one for (M, K) by (N, K): the largest tile whose last 64 rows M reaches, if there are many."""
     plans = products(arch, m, k, exact)
-    fit = (plan for plan in plans if m > plan.tile_m // 2 and _blocks(plan, m, n) >= BUSY)
+    fit = (plan for plan in plans if m > plan.tile_m - 64 and _blocks(plan, m, n) >= BUSY)
     return next(fit, plans[-1])
 
 
