@@ -262,7 +262,7 @@ def floors(cases: Sequence[Case]) -> Iterator[str]:
 
 CUDA = "cuda"  # as torch calls it
 WARM, LEAST, MOST, SECONDS = 3, 5, 30, 0.1  # calls before timing, then timed: as many as fit SECONDS
-HOST_CYCLES = 400_000  # GPU clocks in which the host surely issues one call
+HOST_CYCLES = 1_500_000  # GPU clocks in which the host surely issues one call
 COPIES = 8  # of operands, at most: together they exceed L2
 SHOWN_ROWS, SHOWN_COLUMNS = 12, 48  # of an output are compared
 

@@ -133,7 +133,7 @@ FULL = Size(
         (2, 28672),
     ),
     products=(*RAGGED, *FEW, (1000, 1036, 2064), (2048, 2048, 4096)),
-    half_products=(*RAGGED, *FEW, (300, 520, 1040)),
+    half_products=(*RAGGED, *FEW, (300, 520, 1040), (300, 520, 1056), (513, 1036, 2048)),
     seeds=2,
     steps=16384,
 )
@@ -144,7 +144,7 @@ QUICK = Size(
     matrices=14,
     shapes=((1, 16), (3, 48), (5, 80), (130, 32)),
     products=((1, 5, 48), (20, 9, 80)),
-    half_products=((1, 5, 48), (20, 9, 80)),
+    half_products=((1, 5, 48), (20, 9, 80), (130, 70, 160)),
     seeds=1,
     steps=3,
 )

@@ -81,7 +81,8 @@ __device__ inline void multiply(const Operand &a, const Operand &b, float scale,
     typedef Tile<WARPGROUPS, TILE_N> T;
     const T tile(a, b);
     int steps = tile.steps, pieces = (steps + PIECE_STEPS - 1) / PIECE_STEPS, warp = threadIdx.x / 32;
-    u8 *buffers = reinterpret_cast<u8 *>(shared), *stage = buffers + BUFFERS * T::BUFFER_BYTES + warp * STAGES * T::STAGE_BYTES;
+    u8 *buffers = reinterpret_cast<u8 *>(shared);
+    u8 *stage = buffers + BUFFERS * T::BUFFER_BYTES + warp * STAGES * T::STAGE_BYTES;
     u32 base = shared_address(buffers), copied = shared_address(stage);
 
     float acc[TILE_N / 8][4] = {};
@@ -97,7 +98,8 @@ __device__ inline void multiply(const Operand &a, const Operand &b, float scale,
     int read = 0; // the stage of the piece that is decoded
     for (int s = 0; s < steps; s++) {
         u32 buffer = base + s % BUFFERS * T::BUFFER_BYTES;
-        u64 of_a = wgmma_operand(buffer + warp / 4 * 64 * ROW_BYTES), of_b = wgmma_operand(buffer + T::TILE_M * ROW_BYTES);
+        u64 of_a = wgmma_operand(buffer + warp / 4 * 64 * ROW_BYTES);
+        u64 of_b = wgmma_operand(buffer + T::TILE_M * ROW_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int group = 0; group < STEP / BLOCK; group++) wgmma(acc, of_a + 2 * group, of_b + 2 * group);
@@ -113,7 +115,8 @@ __device__ inline void multiply(const Operand &a, const Operand &b, float scale,
             __syncwarp();
         }
         if (next < steps) // nobody reads that buffer any more: its products were waited for
-            tile.decode(stage + read * T::STAGE_BYTES, buffers + next % BUFFERS * T::BUFFER_BYTES, next % PIECE_STEPS);
+            tile.decode(stage + read * T::STAGE_BYTES, buffers + next % BUFFERS * T::BUFFER_BYTES,
+                        next % PIECE_STEPS);
         fence_for_wgmma();
         wgmma_wait<0>();
         __syncthreads();
@@ -123,8 +126,8 @@ __device__ inline void multiply(const Operand &a, const Operand &b, float scale,
     for (int j = 0; j < TILE_N / 8; j++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            store_pair(y, blockIdx.x * T::TILE_M + 16 * warp + g + 8 * h, blockIdx.y * TILE_N + 8 * j + 2 * t, a.rows, b.rows,
-                       __fmul_rn(acc[j][2 * h], scale), __fmul_rn(acc[j][2 * h + 1], scale));
+            store_pair(y, blockIdx.x * T::TILE_M + 16 * warp + g + 8 * h, blockIdx.y * TILE_N + 8 * j + 2 * t,
+                       a.rows, b.rows, __fmul_rn(acc[j][2 * h], scale), __fmul_rn(acc[j][2 * h + 1], scale));
 }
 
 #define HOPPER(WARPGROUPS, TILE_M, TILE_N)                                                                   \
