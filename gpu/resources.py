@@ -247,6 +247,9 @@ def table(arch: str, results: Mapping[Case, Result]) -> Iterator[str]:
     yield _line(*upper)
     yield _line(*lower)
     executed = operations(arch)
+    timed = {
+        launch.product(arch, *shape[:2], shape.k + shape.s, exact).kernel for shape, _, exact in PRODUCTS
+    }
     for of in launches(arch):
         taken, work = load.compiled(of.source, arch).kernels[of.kernel], WORK[of.kernel]
         shared = taken.shared_bytes + of.dynamic_bytes
@@ -269,7 +272,7 @@ def table(arch: str, results: Mapping[Case, Result]) -> Iterator[str]:
             gpu = GPUS[name]
             times = least(work, counted.float_, gpu, held * gpu.multiprocessors, of.blocks)
             cells += [_us(seconds) for seconds in (*times, at_full_rate(counted.every, gpu))]
-        if isinstance(work, Case) and work in results:
+        if isinstance(work, Case) and work in results and (of.kernel in timed or not work.n):
             cells.append(_us(results[work].median))
         yield _line(of.kernel, *cells)
 
