@@ -381,7 +381,7 @@ lines = ["", *AUGMENT.splitlines()]  # counted from 1
 barriers = [number for number, line in enumerate(lines) if BARRIER in line]
 for number in barriers:
     print(*(f"{i:4}  {lines[i]}" for i in range(number - 1, number + 2)), sep="\n", end="\n\n")
-assert len(barriers) == AUGMENT.count(BARRIER) == 5
+assert len(barriers) == AUGMENT.count(BARRIER) == 4
 
 # %% [markdown]
 # Write `plant(source)`: it returns the source without one of them. The judge compiles what you return, runs
@@ -435,7 +435,7 @@ for number in barriers:
     print(f"without the barrier of line {number:3}: thread {reader} reads what thread {writer} wrote")
 
 # %% [markdown]
-# Each of the five is needed, and the interpreter shows for each a thread that would come too early.
+# Each of the four is needed, and the interpreter shows for each a thread that would come too early.
 # `tests/test_gpu_mutants.py` plants many such bugs in all kernels; each must be found, by a finding or by a
 # byte.
 
