@@ -154,6 +154,7 @@ def _augmented(
 ) -> tuple[int, PackedTensor]:
     rows, k = _matrix("x", x)
     _check("order", order, (k,), "uint16")
+    _aligned("order", order)
     if k > 2**16:
         raise ValueError(f"x has K={k}; an order has 16 bits for a channel, up to K=65536. Split K.")
     if not (0 <= num_residual <= k and num_residual % BLOCK == 0):
@@ -293,10 +294,14 @@ def _matrix(name: str, x: Array) -> tuple[int, int]:
         raise ValueError(
             f"{name} has shape {x.shape}; it must be (rows, K), not empty, K a multiple of {BLOCK}."
         )
-    if x.address % 16:
-        raise ValueError(f"{name} lies at address {x.address:#x}; kernels read 16 bytes at a time. Copy it.")
+    _aligned(name, x)
     rows, k = x.shape
     return rows, k
+
+
+def _aligned(name: str, x: Array) -> None:
+    if x.address % 16:
+        raise ValueError(f"{name} lies at address {x.address:#x}; kernels read 16 bytes at a time. Copy it.")
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:
