@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import load
 
-ITEMSIZE = {"uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "float32": 4}
+ITEMSIZE = {"uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}
 Dim = tuple[int, int, int]
 WORDS = 4096
 
@@ -25,10 +25,6 @@ class Array:
     shape: tuple[int, ...]
     dtype: str
     owner: Any
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 class Device(Protocol):
@@ -79,8 +75,10 @@ class Cuda:
         return self._array(self._cupy.empty(shape, numpy_dtype(dtype)), shape, dtype)
 
     def word(self) -> Array:
-        """One of many, cleared at once on this stream: clearing one takes as long as quantizing a row. Threads
-        share none, as two may come at once, and the default streams of several may have one address."""
+        """One of many, cleared at once on this stream: clearing one takes as long as quantizing a row.
+
+        Threads share none: two may come at once, and the default streams of several may have one address.
+        """
         stream = self._stream()
         if stream.is_capturing():  # a graph clears its words whenever it runs
             return self.zeros((1,), "uint32")

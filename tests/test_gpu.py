@@ -295,9 +295,9 @@ def test_exact_product_where_one_bit_decides(face, pair, m, n, steps, seed):
 
 
 @on_every_device
-@pytest.mark.parametrize("shape", [(129, 1616), (3, 4112)])
+@pytest.mark.parametrize("shape", [(129, 1616), (128, 8208), (3, 4112)])
 def test_blocks_of_a_row_are_shared_out_among_warps_and_thread_blocks(face, shape):
-    """Of many rows each has a thread block, whose warps come round again; of few, several."""
+    """Of many rows each has a thread block, whose warps come round again, and again; of few, several."""
     rng = np.random.default_rng(0)
     x, s = rng.standard_normal(shape).astype(np.float16), 48
     selection = select_top(rng.random(shape[1]).astype(np.float32), s)

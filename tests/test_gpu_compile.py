@@ -101,6 +101,23 @@ def test_nothing_is_contracted_or_flushed(arch, tmp_path):
         assert set(re.findall(r"fma\.\w+\.f32", load.compiled(name, arch).ptx)) == {"fma.rn.f32"}
 
 
+def test_tiles_are_as_large_as_leaves_many_of_them():
+    for (m, n), kernel in {
+        (4096, 4096): "gemm_hopper_128x256",
+        (65, 28672): "gemm_hopper_128x256",
+        (64, 28672): "gemm_hopper_64x128",  # a second half of 128 rows would be empty
+        (256, 4096): "gemm_hopper_64x128",
+        (128, 2880): "gemm_hopper_64x64",
+        (16, 28672): "gemm_small_16",
+        (8, 28672): "gemm_small_8",
+    }.items():
+        assert launch.product("90a", m, n, 4096, exact=False).kernel == kernel
+    assert launch.product("90a", 64, 64, 4112, exact=False) == launch.FAST
+    assert launch.product("100a", 64, 64, 4096, exact=False) == launch.FAST
+    assert launch.product("120a", 64, 64, 4096, exact=True) == launch.NATIVE
+    assert launch.product("90a", 64, 64, 4096, exact=True) == launch.EXACT
+
+
 def test_shared_memory_fits_the_smallest_gpu():
     """99 KiB is what sm_86, sm_89 and sm_120 have; two blocks of gemm_native fit one multiprocessor."""
     plans = [launch.NATIVE, launch.EXACT, launch.FAST, *launch.SMALL.values()]
