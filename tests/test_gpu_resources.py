@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support import cuda_compiler
 
-from gpu import bench, load, resources
+from gpu import bench, launch, load, resources
 
 cuda_compiler()
 ROOT = Path(__file__).parent.parent
@@ -71,6 +71,15 @@ def test_operations_are_those_of_the_formulas(arch):
         fma = rows * n * (k + s) / 16  # one for each group and output
         assert fma < float_[kernel] < 1.2 * fma + 2 * n * (k + s) / 16 * rows
     assert all(counted.every >= counted.float_ for counted in found.values())
+
+
+def test_a_product_of_more_rows_than_a_grid_has_is_refused():
+    device, parts = resources.Recorder("80"), dict.fromkeys(("codes", "scales", "tensor_scale", "largest"))
+    a, most, more = (launch.PackedTensor(**parts, shape=(n, 16)) for n in (1, 2097024, 2097025))
+    launch.matmul(device, a, most, exact=False)
+    with pytest.raises(ValueError, match=r"b has 2097025 rows; gemm_small_8 takes up to 2097024\. Split b\."):
+        launch.matmul(device, a, more, exact=False)
+    assert [of.blocks for of in device.launches] == [65532]
 
 
 @pytest.mark.parametrize("arch", resources.ON)
