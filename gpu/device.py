@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import load
 
-ITEMSIZE = {"uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "uint32": 4, "float32": 4}
+ITEMSIZE = {"uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}
 Dim = tuple[int, int, int]
 WORDS = 4096
 
@@ -24,10 +25,6 @@ class Array:
     shape: tuple[int, ...]
     dtype: str
     owner: Any
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * ITEMSIZE[self.dtype]
 
 
 class Device(Protocol):
@@ -69,7 +66,7 @@ class Cuda:
         self.shared_bytes = int(cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
         self._modules: dict[str, Any] = {}
         self._functions: dict[str, Any] = {}
-        self._words: dict[int, tuple[Array, int]] = {}  # stream → words that are zero, how many are taken
+        self._words: dict[tuple[int, int], tuple[Array, int]] = {}  # that are zero, and how many are taken
 
     def upload(self, array: NDArray[Any], dtype: str) -> Array:
         return self._array(self._cupy.asarray(array), array.shape, dtype)
@@ -78,12 +75,18 @@ class Cuda:
         return self._array(self._cupy.empty(shape, numpy_dtype(dtype)), shape, dtype)
 
     def word(self) -> Array:
-        """One of many, cleared at once on this stream: clearing one takes as long as quantizing a row."""
-        stream = self._stream().ptr
-        words, taken = self._words.get(stream, (None, WORDS))
+        """One of many, cleared at once on this stream: clearing one takes as long as quantizing a row.
+
+        Threads share none: two may come at once, and the default streams of several may have one address.
+        """
+        stream = self._stream()
+        if stream.is_capturing():  # a graph clears its words whenever it runs
+            return self.zeros((1,), "uint32")
+        users = get_ident(), stream.ptr
+        words, taken = self._words.get(users, (None, WORDS))
         if words is None or taken == WORDS:
             words, taken = self.zeros((WORDS,), "uint32"), 0
-        self._words[stream] = words, taken + 1
+        self._words[users] = words, taken + 1
         address = words.address + taken * ITEMSIZE["uint32"]
         return Array(address, (1,), "uint32", words.owner[taken : taken + 1])
 

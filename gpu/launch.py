@@ -16,10 +16,10 @@ THREADS = 256
 TILE_ROWS, TILE_SCALES = 128, 4  # of swizzled scales
 STEP = 64  # of a product, along K
 LARGEST_DIMENSION = 2**31 - 2 * THREADS  # indices along one dimension are int
+MOST_BLOCKS_Y = 2**16 - 1  # CUDA programming guide, technical specifications per compute capability
 INPUTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype → suffix of the kernels
 AMAX_BLOCKS = 1024
 MANY_ROWS = 128  # that keep a GPU busy; of fewer, several thread blocks augment one
-AT_A_TIME = 32 * BLOCK  # channels that a warp augments
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -143,8 +143,8 @@ def _augment(
 ) -> PackedTensor:
     (rows, k), (s, q) = _matrix("x", x), _augmented(device, x, order, num_residual, scale)
     args = [x, np.int32(rows), np.int32(k), np.int32(s), order, q.tensor_scale, q.largest, q.codes, q.scales]
-    most = THREADS if rows >= MANY_ROWS else THREADS // 2
-    threads = min(most, 32 * -(-k // (AT_A_TIME * (2 if rows >= MANY_ROWS else 1))))
+    rounds = 2 if rows >= MANY_ROWS else 1  # a thread has a block in each, or more where K is large
+    threads = min(rounds * THREADS // 2, _filled(-(-k // (BLOCK * rounds)), 32))
     _launch_rows(device, operation, x, ITEMSIZE[x.dtype], threads, args)
     return q
 
@@ -154,6 +154,7 @@ def _augmented(
 ) -> tuple[int, PackedTensor]:
     rows, k = _matrix("x", x)
     _check("order", order, (k,), "uint16")
+    _aligned("order", order)
     if k > 2**16:
         raise ValueError(f"x has K={k}; an order has 16 bits for a channel, up to K=65536. Split K.")
     if not (0 <= num_residual <= k and num_residual % BLOCK == 0):
@@ -172,7 +173,7 @@ def _launch_rows(
             f"x has K={k}: a row takes {k * itemsize} bytes of shared memory, a block of this GPU "
             f"has {limit}. Quantize the columns in parts, or pass a narrower dtype than {x.dtype}."
         )
-    share = 1 if rows >= MANY_ROWS else -(-k // (AT_A_TIME * threads // 32))
+    share = 1 if rows >= MANY_ROWS else -(-k // (BLOCK * threads))
     grid = _filled(rows, TILE_ROWS), share, 1
     device.launch("augment", f"{operation}_{_input(x)}", grid, threads, args, k * itemsize)
 
@@ -189,8 +190,11 @@ def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True)
 def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) -> Array:
     """The same with a certain kernel, one of `products`."""
     (m, k), (n, _) = a.shape, b.shape
-    y = device.empty((m, n), "float32")
     grid = (-(-m // plan.tile_m), -(-_filled(n, TILE_ROWS) // plan.tile_n), 1)
+    if grid[1] > MOST_BLOCKS_Y:
+        most = MOST_BLOCKS_Y * plan.tile_n // TILE_ROWS * TILE_ROWS
+        raise ValueError(f"b has {n} rows; {plan.kernel} takes up to {most}. Split b.")
+    y = device.empty((m, n), "float32")
     args: list[Any] = [a.codes, a.scales, a.tensor_scale, b.codes, b.scales, b.tensor_scale]
     args += [np.int32(m), np.int32(n), np.int32(k), y]
     device.launch(plan.source, plan.kernel, grid, plan.threads, args, plan.shared_bytes)
@@ -293,10 +297,14 @@ def _matrix(name: str, x: Array) -> tuple[int, int]:
         raise ValueError(
             f"{name} has shape {x.shape}; it must be (rows, K), not empty, K a multiple of {BLOCK}."
         )
-    if x.address % 16:
-        raise ValueError(f"{name} lies at address {x.address:#x}; kernels read 16 bytes at a time. Copy it.")
+    _aligned(name, x)
     rows, k = x.shape
     return rows, k
+
+
+def _aligned(name: str, x: Array) -> None:
+    if x.address % 16:
+        raise ValueError(f"{name} lies at address {x.address:#x}; kernels read 16 bytes at a time. Copy it.")
 
 
 def _check(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> None:

@@ -1,8 +1,10 @@
 """The whole face of gpu on its own PTX, interpreted, for a GPU with and one without the NVFP4 instruction;
 and on the GPU itself where there is one. Bytes equal those of reference and emulator."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import exact
 import ml_dtypes
@@ -24,7 +26,7 @@ from arcquant_ref.quantize import exact_values
 from emulator.formats import bits_of, f32, float_of, nearest_e2m1, nearest_e4m3, u32
 from emulator.jit import fma, kernel, over_rows
 from gpu import arrays, launch
-from gpu.device import Cuda, Interpreted
+from gpu.device import WORDS, Array, Cuda, Interpreted
 from gpu.face import Face
 from gpu.verify import fast_product
 
@@ -112,7 +114,7 @@ def test_same_bytes_from_other_dtypes(face, dtype, layer, tensor_scale):
 
 @on_every_device
 @pytest.mark.parametrize(("rows", "k", "s"), [(launch.MANY_ROWS + 3, 48, 16), (launch.MANY_ROWS, 544, 32)])
-def test_same_bytes_where_a_thread_block_has_several_rows(face, rows, k, s):
+def test_same_bytes_where_a_row_has_a_thread_block(face, rows, k, s):
     rng = np.random.default_rng(rows)
     x = (rng.standard_normal((rows, k)) * np.exp2(rng.integers(-6, 6, k))).astype(np.float32)
     selection = select_top(np.abs(x).max(axis=0), s)
@@ -293,9 +295,9 @@ def test_exact_product_where_one_bit_decides(face, pair, m, n, steps, seed):
 
 
 @on_every_device
-@pytest.mark.parametrize("shape", [(129, 1616), (3, 4112)])
+@pytest.mark.parametrize("shape", [(129, 1616), (128, 8208), (3, 4112)])
 def test_blocks_of_a_row_are_shared_out_among_warps_and_thread_blocks(face, shape):
-    """Of many rows each has a thread block, whose warps come round again; of few, several."""
+    """Of many rows each has a thread block, whose warps come round again, and again; of few, several."""
     rng = np.random.default_rng(0)
     x, s = rng.standard_normal(shape).astype(np.float16), 48
     selection = select_top(rng.random(shape[1]).astype(np.float32), s)
@@ -442,6 +444,9 @@ def test_launchers_look_at_what_they_get(face):
         device.upload(np.arange(32, dtype=np.uint16), "uint16"),
     )
     wide = device.upload(np.zeros((1, 65536 - 64 + 32), np.float32), "float32")
+    wider, channels = device.upload(np.zeros((1, 65552), np.float16), "float16"), np.arange(65552)
+    off = device.upload(np.arange(48, dtype=np.uint16), "uint16")
+    off = replace(off, address=off.address + 2, shape=(32,))
     q = face.pack(arcquant_ref.quantize(np.ones((2, 32))))
     for message, function, *arguments in [
         ("order has shape .32,. and dtype uint8; it must be .32,. and uint16", launch.augment_weights, x,
@@ -453,6 +458,10 @@ def test_launchers_look_at_what_they_get(face):
         ("a has K=32 and b has K=16", launch.matmul, q, face.pack(arcquant_ref.quantize(np.ones((2, 16))))),
         ("a row takes 262016 bytes of shared memory", launch.augment_weights, wide,
          device.upload(np.arange(65504, dtype=np.uint16), "uint16"), 16),
+        ("x has K=65552; an order has 16 bits for a channel, up to K=65536. Split K", launch.augment_weights,
+         wider, device.upload(channels.astype(np.uint16), "uint16"), 16),
+        ("order lies at address 0x7f.*2; kernels read 16 bytes at a time. Copy it", launch.augment_weights, x,
+         off, 16),
     ]:  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=message):
             function(device, *arguments)
@@ -462,6 +471,40 @@ def test_arrays_that_are_not_on_a_gpu_are_refused():
     for x in (np.ones((2, 16), np.float32), [[1.0] * 16]):
         with pytest.raises(TypeError, match=r"x is a .* that is not on a GPU; pass a CuPy array or a CUDA"):
             arrays.as_array("x", x)
+
+
+class Pretended(Cuda):
+    """Notes what is cleared, and on which stream; there is no GPU."""
+
+    def __init__(self) -> None:
+        self._words, self.stream, self.capturing, self.cleared = {}, 1, False, []
+
+    def _stream(self):
+        return SimpleNamespace(ptr=self.stream, is_capturing=lambda: self.capturing)
+
+    def zeros(self, shape, dtype):
+        self.cleared.append((self.stream, *shape))
+        return Array(len(self.cleared) << 20, shape, dtype, np.zeros(shape, dtype))
+
+
+def test_a_word_is_cleared_by_the_stream_and_for_the_thread_that_takes_it():
+    device = Pretended()
+    words = [device.word() for _ in range(WORDS + 1)]
+    device.stream = 2
+    words.append(device.word())
+    device.stream = 1
+    words.append(device.word())
+    assert device.cleared == [(1, WORDS), (1, WORDS), (2, WORDS)]
+    with ThreadPoolExecutor(1) as other:
+        words.append(other.submit(device.word).result())
+    device.capturing = True  # a graph: what was cleared before is not when it runs again
+    words += [device.word(), device.word()]
+    assert device.cleared[3:] == [(1, WORDS), (1, 1), (1, 1)]
+    device.capturing = False
+    words.append(device.word())
+    assert len(device.cleared) == 6
+    assert len({word.address for word in words}) == len(words)
+    assert {(word.shape, word.dtype, word.owner.shape) for word in words} == {((1,), "uint32", (1,))}
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")

@@ -18,7 +18,7 @@ from gpu.device import SHARED_KIB
 
 cuda_compiler()
 ARCHS = ["80", "90a", "120a", "121a"]
-SOURCES = ["convert", "quantize", "augment", "gemm_native", "gemm_portable", "gemm_small", "probe"]
+SOURCES = sorted(path.stem for path in load.SOURCES.glob("*.cu"))
 ROOT = Path(__file__).parent.parent
 TEXTS = dict(load._sources())
 
@@ -48,7 +48,8 @@ def test_it_compiles_and_nothing_spills(name, arch):
     assert made.cubin.startswith(b"\x7fELF")
     expected = re.findall(r"\.entry (\w+)", made.ptx)
     assert sorted(made.kernels) == sorted(expected)
-    assert len(expected) > 0 or (name == "gemm_native" and not load.is_native(arch))
+    only_there = {"gemm_native": load.is_native(arch), "gemm_hopper": arch == "90a"}
+    assert bool(expected) == only_there.get(name, True)
     for kernel, taken in made.kernels.items():
         assert taken.spilled_bytes == taken.stack_bytes == 0, kernel
         assert taken.registers <= 255
@@ -98,6 +99,23 @@ def test_nothing_is_contracted_or_flushed(arch, tmp_path):
         assert "approx" not in ptx, name
     for name in ("quantize", "augment"):
         assert set(re.findall(r"fma\.\w+\.f32", load.compiled(name, arch).ptx)) == {"fma.rn.f32"}
+
+
+def test_tiles_are_as_large_as_leaves_many_of_them():
+    for (m, n), kernel in {
+        (4096, 4096): "gemm_hopper_128x256",
+        (65, 28672): "gemm_hopper_128x256",
+        (64, 28672): "gemm_hopper_64x128",  # a second half of 128 rows would be empty
+        (256, 4096): "gemm_hopper_64x128",
+        (128, 2880): "gemm_hopper_64x64",
+        (16, 28672): "gemm_small_16",
+        (8, 28672): "gemm_small_8",
+    }.items():
+        assert launch.product("90a", m, n, 4096, exact=False).kernel == kernel
+    assert launch.product("90a", 64, 64, 4112, exact=False) == launch.FAST
+    assert launch.product("100a", 64, 64, 4096, exact=False) == launch.FAST
+    assert launch.product("120a", 64, 64, 4096, exact=True) == launch.NATIVE
+    assert launch.product("90a", 64, 64, 4096, exact=True) == launch.EXACT
 
 
 def test_shared_memory_fits_the_smallest_gpu():

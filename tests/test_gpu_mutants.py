@@ -205,6 +205,8 @@ MUTANTS = {  # architecture, probe, file → changes
             "lane % 4 * 16 <= k / 2",
             "out of bounds",
         ),
+        Mutant("hopper: a piece is copied again", "piece - 1 + STAGES)", "piece - 2 + STAGES)"),
+        Mutant("hopper: the stages never end", "read == STAGES - 1 ? 0 : read + 1", "read + 1"),
         Mutant("hopper: no fence before the products", "        wgmma_fence();\n", "", "wgmma.fence"),
         Mutant(
             "hopper: decoded numbers are not shown to wgmma",
@@ -230,6 +232,20 @@ MUTANTS = {  # architecture, probe, file → changes
             "            cp_async_wait<STAGES - 1>();\n            __syncwarp();\n",
             "            cp_async_wait<STAGES - 1>();\n",
             UNORDERED,
+        ),
+    ],
+    ("80", "rounds", "augment.cu"): [
+        Mutant("warps leave blocks out", "step = 2 * (warps - warp) - 1", "step = 2 * (warps - warp)"),
+        Mutant("warps leave out the third round", "step = 2 * warps - step", "step = 2 * warps + 1 - step"),
+        Mutant(
+            "each thread block has the first blocks of a row",
+            "(blockIdx.y * blockDim.x + threadIdx.x) / 32, warps",
+            "threadIdx.x / 32, warps",
+        ),
+        Mutant(
+            "the next channels, not those of the next block",
+            "Gather(order, b - step * 32",
+            "Gather(order, b - 32",
         ),
     ],
     ("80", "few", "formats.cuh"): [
@@ -318,12 +334,6 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fsub_rn(x[i], __fmul_rn(value, tensor_scale.value))",
         ),
         Mutant("not interleaved", "to = b < first ? b : 2 * b - first", "to = b"),
-        Mutant("warps leave blocks out", "step = 2 * (warps - warp) - 1", "step = 2 * (warps - warp)"),
-        Mutant(
-            "the next channels, not those of the next block",
-            "Gather(order, b - step * 32",
-            "Gather(order, b - 32",
-        ),
         Mutant("weights get residuals", "augment<false>(x", "augment<true>(x"),
         Mutant(
             "no wait for the copies of a row",
@@ -403,7 +413,7 @@ def fast(face: Face) -> None:
 
 def hopper(face: Face) -> None:
     rng = np.random.default_rng(1)
-    for m, n, blocks, kind in ((75, 131, 24, "ordinary"), (33, 70, 10, "spread"), (20, 9, 2, "any bits")):
+    for m, n, blocks, kind in ((75, 131, 30, "ordinary"), (33, 70, 10, "spread"), (20, 9, 2, "any bits")):
         a, b = (tensor_with_scales(kind, rng, (rows, blocks * BLOCK)) for rows in (m, n))
         packed = face.pack(a), face.pack(b)
         for plan in launch.products("90a", m, a.shape[1], exact=False):
@@ -485,7 +495,6 @@ def bytes_(face: Face) -> None:
     x, selection = stress(rng, 40, 336), select_top(rng.random(336).astype(np.float32), 160)
     weight, device, small = rng.standard_normal(336).astype(np.float32), face.device, np.float32(0.0007)
     row, on_ties = norm_on_ties()
-    many = stress(rng, 129, 1616), select_top(rng.random(1616).astype(np.float32), 48)
     ends = [(on_boundaries_of_scales(np.float32(s)), s) for s in (0.0007 * 2.0**-85, 1.3 * 2.0**127)]
     for name, *arguments in [
         *(("quantize", *end) for end in ends),
@@ -498,7 +507,6 @@ def bytes_(face: Face) -> None:
         ("augment_activations", x, selection, 1.0),
         ("augment_activations", x, selection, small),
         ("augment_activations", almost_values(small), select_top(np.ones(4 * BLOCK), 4 * BLOCK), small),
-        ("augment_activations", *many, 1.0),
         ("augment_weights", x, selection),
         ("rmsnorm_augment_activations", x, weight, 1e-5, selection, small),
         ("rmsnorm_augment_activations", row, on_ties, 0.0, select_top(np.ones(1024), 0), 1.0),
@@ -514,12 +522,22 @@ def bytes_(face: Face) -> None:
     np.testing.assert_array_equal(face.encode_e4m3(E4M3.midpoints), emulator.encode_e4m3(E4M3.midpoints))
 
 
+def rounds(face: Face) -> None:
+    """Rows whose blocks warps take in several rounds, and rows that several thread blocks share."""
+    rng = np.random.default_rng(5)
+    for rows, k in ((128, 8208), (3, 4112)):
+        x, selection = stress(rng, rows, k), select_top(rng.random(k).astype(np.float32), 48)
+        expected = arcquant_ref.augment_activations(x, selection, 1.0)
+        assert_same_tensor(face.augment_activations(x, selection, 1.0), expected)
+
+
 PROBES: dict[str, Callable[[Face], None]] = {
     "exact": exact,
     "fast": fast,
     "hopper": hopper,
     "few": few,
     "bytes": bytes_,
+    "rounds": rounds,
 }
 
 

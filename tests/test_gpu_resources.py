@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support import cuda_compiler
 
-from gpu import bench, load, resources
+from gpu import bench, launch, load, resources
 
 cuda_compiler()
 ROOT = Path(__file__).parent.parent
@@ -65,14 +65,21 @@ def test_operations_are_those_of_the_formulas(arch):
     assert float_["tensor_scale"] == 2  # a division, and the least scale
     assert float_["decode_e2m1"] == float_["decode_e4m3"] == m * k  # one product, exact
     assert float_["dequantize"] == m * k * (1 + 1 + 1 + 1 / 16)  # a code, times a scale, times another
-    of_a_code = (
-        1 / 2 if arch == "120a" else 3
-    )  # and 3 of a quotient, 18 of a block's scale, reciprocal and limits
+    of_a_code = 1 / 2 if arch == "120a" else 3  # and 3 of a quotient, 18 of scale, reciprocal, limits
     assert float_["quantize_bf16"] == m * k * (3 + of_a_code + 15 / 16 + 18 / 16)
     for kernel, rows in (("gemm_small_16", 16), ("gemm_small_8", 8)):
         fma = rows * n * (k + s) / 16  # one for each group and output
         assert fma < float_[kernel] < 1.2 * fma + 2 * n * (k + s) / 16 * rows
     assert all(counted.every >= counted.float_ for counted in found.values())
+
+
+def test_a_product_of_more_rows_than_a_grid_has_is_refused():
+    device, parts = resources.Recorder("80"), dict.fromkeys(("codes", "scales", "tensor_scale", "largest"))
+    a, most, more = (launch.PackedTensor(**parts, shape=(n, 16)) for n in (1, 2097024, 2097025))
+    launch.matmul(device, a, most, exact=False)
+    with pytest.raises(ValueError, match=r"b has 2097025 rows; gemm_small_8 takes up to 2097024\. Split b\."):
+        launch.matmul(device, a, more, exact=False)
+    assert [of.blocks for of in device.launches] == [65532]
 
 
 @pytest.mark.parametrize("arch", resources.ON)
@@ -82,9 +89,9 @@ def test_every_kernel_but_the_probes_is_in_the_table_for_bfloat16(arch):
     assert set(shown) <= set(resources.WORK)
     sources = {path.stem for path in load.SOURCES.glob("*.cu")} - {"probe"}
     kernels = {k for source in sources for k in load.compiled(source, arch).kernels}
-    missing = (
-        kernels - set(shown) - ({"gemm_fast"} if arch == "90a" else set())
-    )  # there K is no multiple of 32
+    missing = kernels - set(shown)
+    if arch == "90a":  # there it is for K that is no multiple of 32
+        missing.remove("gemm_fast")
     assert {re.sub("_f(16|32)$", "_bf16", name) for name in missing} <= set(shown)
     for of in resources.launches(arch):
         assert of.kernel in load.compiled(of.source, arch).kernels

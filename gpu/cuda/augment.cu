@@ -140,15 +140,15 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
 }
 
 #define AUGMENT(name, T)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(LANES, 4)                                             \
-        augment_activations_##name(const T *x, int rows, int k, int s, const u16 *order,      \
+    extern "C" __global__ void __launch_bounds__(LANES, 4)                                                   \
+        augment_activations_##name(const T *x, int rows, int k, int s, const u16 *order,                     \
                                    const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {         \
-        augment<true>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                \
+        augment<true>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                           \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LANES, 3)                                                   \
-        augment_weights_##name(const T *x, int rows, int k, int s, const u16 *order,          \
+        augment_weights_##name(const T *x, int rows, int k, int s, const u16 *order,                         \
                                const float *tensor_scale, u32 *largest, u8 *codes, u8 *scales) {             \
-        augment<false>(x, rows, k, s, order, tensor_scale, largest, codes, scales);               \
+        augment<false>(x, rows, k, s, order, tensor_scale, largest, codes, scales);                          \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(LANES, 4) rmsnorm_augment_activations_##name(               \
         const T *x, int rows, int k, int s, const u16 *order, const float *weight, float epsilon,            \

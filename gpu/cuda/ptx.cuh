@@ -75,7 +75,7 @@ __device__ inline u64 wgmma_operand(u32 address) { // swizzle of 128 bytes; 8 ro
 #define THIRTYTWO(j) FOUR(j), FOUR(j + 1), FOUR(j + 2), FOUR(j + 3), FOUR(j + 4), FOUR(j + 5), FOUR(j + 6), FOUR(j + 7)
 #define WGMMA(N, D, A, B, ...)                                                                               \
     __device__ inline void wgmma(float (&d)[N / 8][4], u64 a, u64 b) {                                       \
-        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, 1, 0;\n\t"                                       \
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, 1, 0;\n\t"                                        \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" D "}, " A ", " B             \
                      ", p, 1, 1, 0, 0;\n\t}"                                                                 \
                      : __VA_ARGS__                                                                           \
