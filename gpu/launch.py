@@ -29,7 +29,7 @@ class PackedTensor:
     codes         (rows, K/2) uint8, even k in the low nibble
     scales        swizzled 128x4: ⌈rows/128⌉ · ⌈K/64⌉ · 512 uint8, zero where rows and columns are filled up
     tensor_scale  (1,) float32
-    largest       (1,) uint32: the bits of the largest non-finite |x| that was quantized; 0 if there was none
+    largest       (1,) uint32: the bits of the largest |x| that was quantized if that is not finite; else below those of ∞
     """
 
     codes: Array
@@ -190,7 +190,10 @@ def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True)
 def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) -> Array:
     """The same with a certain kernel, one of `products`."""
     (m, k), (n, _) = a.shape, b.shape
-    grid = (-(-m // plan.tile_m), -(-_filled(n, TILE_ROWS) // plan.tile_n), 1)
+    columns = (
+        _filled(n, TILE_ROWS) if plan in SMALL.values() else n
+    )  # of which it takes some in all four quarters
+    grid = (-(-m // plan.tile_m), -(-columns // plan.tile_n), 1)
     if grid[1] > MOST_BLOCKS_Y:
         most = MOST_BLOCKS_Y * plan.tile_n // TILE_ROWS * TILE_ROWS
         raise ValueError(f"b has {n} rows; {plan.kernel} takes up to {most}. Split b.")

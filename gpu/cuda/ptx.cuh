@@ -14,7 +14,7 @@ __device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16, 8 or 4 bytes, global to shared, without registers; what lies beyond `bytes` is filled with zero. Of 16, the
-// other 64 bytes of a line, which another warp copies soon, come to L2 as well.
+// other 64 bytes of a line, which somebody copies soon, come to L2 as well.
 // Section "Data movement: cp.async".
 __device__ inline void cp_async16(u32 to, const void *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
