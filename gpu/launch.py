@@ -29,7 +29,7 @@ class PackedTensor:
     codes         (rows, K/2) uint8, even k in the low nibble
     scales        swizzled 128x4: ⌈rows/128⌉ · ⌈K/64⌉ · 512 uint8, zero where rows and columns are filled up
     tensor_scale  (1,) float32
-    largest       (1,) uint32: the bits of the largest |x| that was quantized, if it is not finite; else less than ∞
+    largest       (1,) uint32: the bits of the largest |x| quantized, if it is not finite; else less than ∞
     """
 
     codes: Array
