@@ -31,7 +31,8 @@ class Compiled:
 
     @property
     def kernels(self) -> dict[str, "Resources"]:
-        """What each kernel takes, from the log."""
+        """What each kernel takes, from the log. RuntimeError for a log without kernels that the PTX has: code
+        from a cache of NVRTC's own, which a GPU's driver keeps, comes without one."""
         found = {}
         for part in re.split(r"ptxas info\s*: Compiling entry function '", self.log)[1:]:
             numbers = [
@@ -39,6 +40,11 @@ class Compiled:
                 for what in ("registers", "bytes smem", "bytes spill stores", "bytes stack frame")
             ]
             found[part.split("'")[0]] = Resources(*(int(n[1]) if n else 0 for n in numbers))
+        if ".entry" in self.ptx and not found:
+            raise RuntimeError(
+                f"the log of {self.name}.cu for sm_{self.arch} says nothing of its kernels: NVRTC took them "
+                f"from its own cache. Empty ~/.nv/ComputeCache and {_home()}, and compile again."
+            )
         return found
 
 

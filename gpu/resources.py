@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(*page(recorded(args.measured)[0] if args.measured else {}), sep="\n")
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         print(f"gpu.resources: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,7 @@
 """gpu.resources: occupancy by hand, every kernel in the table, and the page that shows what it prints."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,13 @@ def test_the_page_shows_what_the_command_prints(capsys):
         pytest.skip(f"the page is of NVRTC {stated}, here is {version}: it allocates registers otherwise")
     assert resources.main(["--measured", str(RECORD)]) == 0
     assert f"```\n{capsys.readouterr().out}```" in page
+
+
+def test_a_log_without_kernels_is_named():
+    made = load.compiled("quantize", "80")
+    with pytest.raises(RuntimeError, match=r"log of quantize.cu for sm_80 says nothing of its kernels"):
+        _ = replace(made, log="").kernels
+    assert load.Compiled("empty", "80", "", b"", "").kernels == {}
 
 
 def test_a_file_that_is_no_record_is_named(tmp_path, capsys):
