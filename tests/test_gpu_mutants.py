@@ -333,6 +333,7 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fmaf_rn(-value, tensor_scale.value, x[i])",
             "__fsub_rn(x[i], __fmul_rn(value, tensor_scale.value))",
         ),
+        Mutant("residual rounded toward zero", "__fmaf_rn(-value, tensor", "__fmaf_rz(-value, tensor"),
         Mutant("not interleaved", "to = b < first ? b : 2 * b - first", "to = b"),
         Mutant("weights get residuals", "augment<false>(x", "augment<true>(x"),
         Mutant(
@@ -457,6 +458,20 @@ def almost_values(tensor_scale: np.float32) -> np.ndarray:
     return arcquant_ref.dequantize(arcquant_ref.quantize(x, tensor_scale))
 
 
+def residuals_on_boundaries() -> tuple[np.ndarray, np.float32]:
+    """Blocks whose largest residual is next to where its block scale changes, so that its rounding decides;
+    and their tensor scale. The first element fixes the first scale, the second is a 4 and that residual."""
+    tensor_scale = np.float32(np.random.default_rng(0).uniform(0.5, 1) * 2.0**-10)
+    steps = E4M3.magnitudes[E4M3.magnitudes > 2**-5].astype(np.float64) * float(tensor_scale)
+    amax = (E4M3.midpoints[E4M3.midpoints > 2**-5] * E2M1.max * float(tensor_scale)).astype(np.float32)
+    near = (amax.view(np.int32)[:, None] + np.arange(-12, 13)).astype(np.int32).view(np.float32).ravel()
+    step, residual = (pairs.ravel() for pairs in np.meshgrid(steps, near))
+    fits = (residual > 0.3 * step) & (residual < 0.95 * step)  # of the 2 steps between 4 and 6
+    x = np.zeros((np.count_nonzero(fits), BLOCK), np.float32)
+    x[:, 0], x[:, 1] = E2M1.max * step[fits], 4 * step[fits] + residual[fits]
+    return x, tensor_scale
+
+
 def norm_on_ties() -> tuple[np.ndarray, np.ndarray]:
     """One row and its weight: normalized elements are exactly E2M1 midpoints, and another order of the
     additions would give another r."""
@@ -495,6 +510,12 @@ def bytes_(face: Face) -> None:
     x, selection = stress(rng, 40, 336), select_top(rng.random(336).astype(np.float32), 160)
     weight, device, small = rng.standard_normal(336).astype(np.float32), face.device, np.float32(0.0007)
     row, on_ties = norm_on_ties()
+    edges = residuals_on_boundaries()
+    both = (
+        package.augment_activations(edges[0], select_top(np.ones(BLOCK), BLOCK), edges[1])
+        for package in (emulator, arcquant_ref)
+    )
+    assert_same_tensor(*both)
     ends = [(on_boundaries_of_scales(np.float32(s)), s) for s in (0.0007 * 2.0**-85, 1.3 * 2.0**127)]
     for name, *arguments in [
         *(("quantize", *end) for end in ends),
@@ -507,6 +528,7 @@ def bytes_(face: Face) -> None:
         ("augment_activations", x, selection, 1.0),
         ("augment_activations", x, selection, small),
         ("augment_activations", almost_values(small), select_top(np.ones(4 * BLOCK), 4 * BLOCK), small),
+        ("augment_activations", edges[0], select_top(np.ones(BLOCK), BLOCK), edges[1]),
         ("augment_weights", x, selection),
         ("rmsnorm_augment_activations", x, weight, 1e-5, selection, small),
         ("rmsnorm_augment_activations", row, on_ties, 0.0, select_top(np.ones(1024), 0), 1.0),
