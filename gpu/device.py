@@ -14,7 +14,7 @@ from . import load
 
 ITEMSIZE = {"uint8": 1, "uint16": 2, "float16": 2, "bfloat16": 2, "uint32": 4, "float32": 4}
 Dim = tuple[int, int, int]
-WORDS = 4096
+WORDS = 4096  # that are cleared at once: one launch for so many calls
 
 
 @dataclass(frozen=True, eq=False)

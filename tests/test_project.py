@@ -1,7 +1,9 @@
 """The project around the code: lint, types, imports, the two commands, numbers in the documents."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +199,24 @@ def test_citation_file_is_yaml_with_the_sources():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
     assert len(citation["references"]) >= 3
+
+
+def test_the_rest_of_a_run_is_what_did_not_pass(tmp_path):
+    """--rest in tests/conftest.py: skipped and failed tests run again, and those that are new; no others."""
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    text = "import os, pytest\ndef test_passes(): pass\ndef test_fails(): assert os.environ['GOOD'] == '1'\n"
+    text += "@pytest.mark.skipif(os.environ['GOOD'] != '1', reason='')\ndef test_skipped(): pass\n"
+    (tmp_path / "test_some.py").write_text(text)
+
+    def run(good: str, *options: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-v", *options]
+        env = os.environ | {"GOOD": good}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+
+    assert "1 failed, 1 passed, 1 skipped" in run("0")
+    again = run("1", "--rest")
+    assert "2 passed, 1 deselected" in again
+    assert "test_passes" not in again
+    (tmp_path / "test_new.py").write_text("def test_new(): pass\n")
+    assert "1 passed, 3 deselected" in run("1", "--rest")
+    assert "4 passed" in run("1")
