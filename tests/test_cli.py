@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -334,7 +333,6 @@ def test_ctrl_c_leaves_no_half_written_file():
         ),  # a shell's background job ignores it
     )
     process.stdout.readline()  # the table is coming: the picture is being drawn
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
