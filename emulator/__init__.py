@@ -3,7 +3,7 @@
 from .augment import augment_activations, augment_weights, rmsnorm_augment_activations
 from .baselines import four_over_six, int4, mxfp4, mxfp8
 from .formats import decode_e2m1, decode_e4m3, encode_e2m1, encode_e4m3
-from .gemm import matmul, matmul_fma, matmul_fp16
+from .gemm import matmul, matmul_fp16, matmul_fp16_split_k
 from .quantize import dequantize, pack, quantize, quantize_weighted
 from .tensor_core import mma_m16n8k16, mma_m16n8k64
 
@@ -18,8 +18,8 @@ __all__ = [
     "four_over_six",
     "int4",
     "matmul",
-    "matmul_fma",
     "matmul_fp16",
+    "matmul_fp16_split_k",
     "mma_m16n8k16",
     "mma_m16n8k64",
     "mxfp4",

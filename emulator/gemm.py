@@ -13,7 +13,7 @@ from arcquant_ref.formats import BLOCK, Codes, Float32, Float64
 from arcquant_ref.tensor import NVFP4Tensor
 
 from .formats import E4M3_NAN, MANTISSA, NAN, bits_of, f32, f64, float_of, value_e2m1, value_e4m3
-from .jit import fma, helper, kernel, over_rows
+from .jit import helper, kernel, over_rows
 from .tensor_core import (
     ALL_ZERO,
     FP32,
@@ -171,7 +171,7 @@ def _chain_in_integers(a_codes: Codes, sfa: Codes, b_codes: Codes, sfb: Codes, a
             acc[m, n] = c
 
 
-PIECE, CHAINS = 128, 8  # of `matmul_fma`: what a chain gets of K at a time, and how many there are
+PIECE, CHAINS = 128, 8  # of `matmul_fp16_split_k`: what a chain gets of K at a time, and how many there are
 
 
 def matmul_fp16(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
@@ -188,14 +188,15 @@ def matmul_fp16(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
     return _matmul_by_rows(a, b, _fp16_rows)
 
 
-def matmul_fma(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
-    """a bᵀ, (M, K) and (N, K) → (M, N) float32: exact sums of 16, each added by one float32 FMA.
+def matmul_fp16_split_k(a: NVFP4Tensor, b: NVFP4Tensor) -> Float32:
+    """a bᵀ, (M, K) and (N, K) → (M, N) float32: the same instruction, K dealt out to eight chains.
 
-    K is dealt out to eight chains in pieces of 128, piece p to chain p mod 8; each starts at +0, and their
-    sums are added in order, rounded to nearest. What `gpu` does for few rows. Epilogue, NaN, sign of scales
-    and errors as in `matmul`.
+    Piece p of 128 along K belongs to chain p mod 8. A chain starts at +0 and takes, of each 32 along K, the
+    even k in one step and the odd k in the next; the eight sums are added in order, rounded to nearest. The
+    fp16 numbers are e2m1 · e4m3 · 2^-14, subnormal where e2m1 · e4m3 is below 1; the sum is taken times 2^28.
+    What `gpu` does for few rows. Epilogue, NaN, sign of scales and errors as in `matmul`.
     """
-    return _matmul_by_rows(a, b, _fma_rows)
+    return _matmul_by_rows(a, b, _fp16_split_k_rows)
 
 
 def _matmul_by_rows(a: NVFP4Tensor, b: NVFP4Tensor, fill_rows: Callable) -> Float32:
@@ -240,26 +241,46 @@ def _fp16_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc
         for n in range(len(b)):
             d = f32(0)
             for k in range(0, a.shape[1], BLOCK):
-                for i in range(BLOCK):
-                    terms[i], exponents[i] = a[m, k + i] * b[n, k + i], HOPPER.zero_exponent
-                    if terms[i] != 0:
-                        exponents[i] = exponents_a[m, k + i] + exponents_b[n, k + i]
+                _multiply(a[m], exponents_a[m], b[n], exponents_b[n], k, 1, terms, exponents)
                 d = aligned_sum(terms, exponents, d, HOPPER)
             acc[m, n] = d
 
 
 @kernel
-def _fma_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc: Float64) -> None:
+def _fp16_split_k_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc: Float64) -> None:
+    of_a, of_b = (
+        np.maximum(exponents_a, 0),
+        np.maximum(exponents_b, 0),
+    )  # subnormal numbers have the least one
+    terms, exponents = np.empty(BLOCK), np.empty(BLOCK, np.int64)
     for m in range(len(a)):
         for n in range(len(b)):
             total = f32(0)
             for chain in range(CHAINS):
                 d = f32(0)
                 for first in range(chain * PIECE, a.shape[1], CHAINS * PIECE):
-                    for k in range(first, min(first + PIECE, a.shape[1]), BLOCK):
-                        group = 0.0
-                        for i in range(k, k + BLOCK):
-                            group += a[m, i] * b[n, i]
-                        d = fma(f32(group), f32(1), d)  # a group has 20 significant bits: exact in float32
+                    for k in range(first, min(first + PIECE, a.shape[1]), 2 * BLOCK):
+                        for odd in range(2):
+                            _multiply(a[m], of_a[m], b[n], of_b[n], k + odd, 2, terms, exponents)
+                            d = aligned_sum(terms, exponents, d, HOPPER)
                 total = d if chain == 0 else f32(total + d)
             acc[m, n] = total
+
+
+@helper
+def _multiply(
+    a: Float64,
+    exponents_a: Ints,
+    b: Float64,
+    exponents_b: Ints,
+    first: int,
+    stride: int,
+    terms: Float64,
+    exponents: Ints,
+) -> None:
+    """The products of one step, every `stride`-th from `first` on, zero beyond K; and their exponents."""
+    for i in range(BLOCK):
+        k = first + i * stride
+        terms[i], exponents[i] = a[k] * b[k] if k < len(a) else 0.0, HOPPER.zero_exponent
+        if terms[i] != 0:
+            exponents[i] = exponents_a[k] + exponents_b[k]

@@ -87,8 +87,8 @@ class Face:
         """a bᵀ, (M, K) and (N, K) → (M, N) float32.
 
         `exact`: the bits of `emulator.matmul`, those of an RTX Blackwell GPU, on any GPU. Otherwise what is
-        fast: for M up to 16 the bits of `emulator.matmul_fma`; above, codes times scales become fp16 numbers,
-        exactly, and are multiplied as such: the bits of `emulator.matmul_fp16` on a Hopper GPU.
+        fast: codes times scales become fp16 numbers, exactly, and are multiplied as such. On a Hopper GPU
+        these are the bits of `emulator.matmul_fp16`, and for M up to 16 of `emulator.matmul_fp16_split_k`.
         Errors as in `emulator.matmul`.
         """
         for name, q in (("a", a), ("b", b)):

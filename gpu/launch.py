@@ -190,9 +190,7 @@ def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True)
 def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) -> Array:
     """The same with a certain kernel, one of `products`."""
     (m, k), (n, _) = a.shape, b.shape
-    columns = (
-        _filled(n, TILE_ROWS) if plan in SMALL.values() else n
-    )  # of which it takes some in all four quarters
+    columns = _filled(n, TILE_ROWS) if plan in SMALL else n  # of which it takes some in all four quarters
     grid = (-(-m // plan.tile_m), -(-columns // plan.tile_n), 1)
     if grid[1] > MOST_BLOCKS_Y:
         most = MOST_BLOCKS_Y * plan.tile_n // TILE_ROWS * TILE_ROWS
@@ -220,17 +218,18 @@ FEW_ROWS = 16  # up to so many, a product takes as long as reading the weights
 NATIVE = Product("gemm_native", "gemm_native", 128, 128, 128, 4 * (2 * 128 * 32 + 2 * 512))
 EXACT = Product("gemm_portable", "gemm_exact", 128, 128, 256, 2 * (256 * 128 + 256 * 16 + 64))
 FAST = Product("gemm_portable", "gemm_fast", 128, 256, 256, 2 * 384 * 128)
-SMALL = {
-    m: Product("gemm_small", f"gemm_small_{m}", m, 32, 256, 8 * 3 * (2048 + 256 + m * 64 + 2 * m * 16))
+SMALL = [
+    Product("gemm_small", f"gemm_small_{m}x{n}", m, n, 256, 8 * stages * (n * (64 + 8) + m * (64 + 32)))
     for m in (8, FEW_ROWS)
-}
+    for n, stages in ((64, 2), (32, 3))
+]
 HOPPER = [
     Product(
         "gemm_hopper", f"gemm_hopper_{m}x{n}", m, n, 2 * m, (m + n) * (2 * 128 + 3 * (16 * 64 + 128) // 16)
     )
     for m, n in ((128, 256), (64, 128), (64, 64))
 ]
-BUSY = 90  # thread blocks that keep a Hopper GPU busy, of 132 multiprocessors at most
+BUSY = 90  # thread blocks that keep a GPU busy: a Hopper GPU has 132 multiprocessors at most
 
 
 def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
@@ -238,7 +237,7 @@ def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
     if exact:
         return [NATIVE if load.is_native(arch) else EXACT]
     if m <= FEW_ROWS:
-        return [next(plan for most, plan in SMALL.items() if m <= most)]
+        return [plan for plan in SMALL if plan.tile_m == (8 if m <= 8 else FEW_ROWS)]
     aligned = k % 32 == 0  # gemm_hopper copies 16 bytes of a row at a time
     return HOPPER if arch == "90a" and aligned else [FAST]
 

@@ -201,8 +201,7 @@ WORK: dict[str, Case | int] = {  # a case of gpu.bench, or the bytes that have t
     "gemm_native": Case("exact", M, N, K, S),
     "gemm_fast": Case("fast", M, N, K, S),
     **{plan.kernel: Case("fast", M, N, K, S) for plan in launch.HOPPER},
-    "gemm_small_16": Case("fast", FEW, N, K, S),
-    "gemm_small_8": Case("fast", FEWER, N, K, S),
+    **{plan.kernel: Case("fast", {8: FEWER, 16: FEW}[plan.tile_m], N, K, S) for plan in launch.SMALL},
 }
 
 
@@ -328,7 +327,8 @@ def _filled(n: int, unit: int) -> int:
 
 def page(results: Mapping[Case, Result]) -> Iterator[str]:
     version = ".".join(map(str, load.nvrtc()[1]))
-    yield f"x ({M}, {K}) bf16, weights ({N}, {K}), S = {S}; rows of x in gemm_small_16: {FEW}, _8: {FEWER}"
+    few = f"rows of x in gemm_small_16x*: {FEW}, _8x*: {FEWER}"
+    yield f"x ({M}, {K}) bf16, weights ({N}, {K}), S = {S}; {few}"
     yield f"compiled by NVRTC {version}. {spills()}"
     for arch in ON:
         yield ""

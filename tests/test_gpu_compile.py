@@ -108,8 +108,10 @@ def test_tiles_are_as_large_as_leaves_many_of_them():
         (64, 28672): "gemm_hopper_64x128",  # a second half of 128 rows would be empty
         (256, 4096): "gemm_hopper_64x128",
         (128, 2880): "gemm_hopper_64x64",
-        (16, 28672): "gemm_small_16",
-        (8, 28672): "gemm_small_8",
+        (16, 28672): "gemm_small_16x64",
+        (8, 28672): "gemm_small_8x64",
+        (9, 4096): "gemm_small_16x32",
+        (1, 4096): "gemm_small_8x32",
     }.items():
         assert launch.product("90a", m, n, 4096, exact=False).kernel == kernel
     assert launch.product("90a", 64, 64, 4112, exact=False) == launch.FAST
@@ -120,7 +122,7 @@ def test_tiles_are_as_large_as_leaves_many_of_them():
 
 def test_shared_memory_fits_the_smallest_gpu():
     """99 KiB is what sm_86, sm_89 and sm_120 have; two blocks of gemm_native fit one multiprocessor."""
-    plans = [launch.NATIVE, launch.EXACT, launch.FAST, *launch.SMALL.values()]
+    plans = [launch.NATIVE, launch.EXACT, launch.FAST, *launch.SMALL]
     assert max(plan.shared_bytes for plan in plans) <= min(SHARED_KIB.values()) * 1024
     assert 2 * (launch.NATIVE.shared_bytes + 1024) <= 100 * 1024
 

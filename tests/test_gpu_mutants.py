@@ -162,7 +162,7 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
     ],
     ("80", "few", "gemm_small.cu"): [
-        Mutant("small: sums added backwards", "sums[w * ROWS * M + i]", "sums[(WARPS - w) * ROWS * M + i]"),
+        Mutant("small: sums added backwards", "sums[w * M * LINE + at]", "sums[(WARPS - w) * M * LINE + at]"),
         Mutant(
             "small: no wait for cp.async", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", IN_FLIGHT
         ),
@@ -178,10 +178,21 @@ MUTANTS = {  # architecture, probe, file → changes
             "",
             UNORDERED,
         ),
-        Mutant("small: both blocks of a chunk at once", "t < 2 ? 0x4444 : 0x3232", "t < 2 ? 0x1010 : 0x3232"),
-        Mutant("small: scale of the other block", "second[i], scales, 16)", "second[i], scales, 0)"),
+        Mutant("small: scales of the other block", "t < 2 ? 0x4420 : 0x4431", "t < 2 ? 0x4431 : 0x4420"),
+        Mutant("small: scale of the other chunk", "mul_f16x2_by<1>(second", "mul_f16x2_by<0>(second"),
+        Mutant("small: the scale's sign counts", "(four) & MAGNITUDES", "(four)"),
+        Mutant("small: scales of rows 8 further", "scale_offset(16 * j + g + 8)", "scale_offset(16 * j + g)"),
+        Mutant("small: odd k with even k of A", "odd, of_a[i][c][2]", "odd, of_a[i][c][0]"),
         Mutant(
-            "small: rows 8 further first", "{upper[0], lower[0], upper[1]", "{lower[0], upper[0], upper[1]"
+            "small: rows 8 further first",
+            "{upper[c][0], lower[c][0], upper[c][1]",
+            "{lower[c][0], upper[c][0], upper[c][1]",
+        ),
+        Mutant(
+            "small: rows of another quarter", "i / LINES * 32 + i % LINES; }", "i / LINES * 64 + i % LINES; }"
+        ),
+        Mutant(
+            "small: a block of rows twice", "blockIdx.y % PARTS * LINES", "blockIdx.y % PARTS / 2 * LINES"
         ),
         Mutant("small: the first row is not read", "ROWS / 8 && !inside ? 0", "ROWS / 8 && inside ? 0"),
     ],
@@ -424,11 +435,20 @@ def hopper(face: Face) -> None:
 
 def few(face: Face) -> None:
     rng = np.random.default_rng(2)
-    for m, n, blocks, kind in ((3, 131, 300, "spread"), (16, 20, 133, "spread"), (9, 40, 70, "rarely NaN")):
+    cases = (
+        (3, 131, 300, "spread"),
+        (16, 20, 133, "spread"),
+        (9, 40, 70, "rarely NaN"),
+        (2, 33, 9, "any bits"),
+    )
+    for m, n, blocks, kind in cases:
         a, b = (
             replace(tensor_with_scales(kind, rng, (rows, blocks * BLOCK)), tensor_scale=1) for rows in (m, n)
         )
-        assert_same_bits(face.matmul(a, b, exact=False), emulator.matmul_fma(a, b))
+        packed = face.pack(a), face.pack(b)
+        for plan in launch.products("80", m, a.shape[1], exact=False):
+            y = face.device.download(launch.multiply(face.device, plan, *packed))
+            assert_same_bits(y, emulator.matmul_fp16_split_k(a, b))
 
 
 def stress(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:

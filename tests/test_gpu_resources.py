@@ -57,7 +57,7 @@ def test_the_best_of_a_design_counts_its_float32_operations():
 
 @pytest.mark.parametrize("arch", resources.ON)
 def test_operations_are_those_of_the_formulas(arch):
-    m, n, k, s = resources.SHAPE
+    m, _, k, _ = resources.SHAPE
     found = resources.operations(arch)
     assert set(found) == {of.kernel for of in resources.launches(arch)}
     float_ = {kernel: counted.float_ for kernel, counted in found.items()}
@@ -68,19 +68,18 @@ def test_operations_are_those_of_the_formulas(arch):
     assert float_["dequantize"] == m * k * (1 + 1 + 1 + 1 / 16)  # a code, times a scale, times another
     of_a_code = 1 / 2 if arch == "120a" else 3  # and 3 of a quotient, 18 of scale, reciprocal, limits
     assert float_["quantize_bf16"] == m * k * (3 + of_a_code + 15 / 16 + 18 / 16)
-    for kernel, rows in (("gemm_small_16", 16), ("gemm_small_8", 8)):
-        fma = rows * n * (k + s) / 16  # one for each group and output
-        assert fma < float_[kernel] < 1.2 * fma + 2 * n * (k + s) / 16 * rows
     assert all(counted.every >= counted.float_ for counted in found.values())
 
 
 def test_a_product_of_more_rows_than_a_grid_has_is_refused():
     device, parts = resources.Recorder("80"), dict.fromkeys(("codes", "scales", "tensor_scale", "largest"))
-    a, most, more = (launch.PackedTensor(**parts, shape=(n, 16)) for n in (1, 2097024, 2097025))
+    a, most, more = (launch.PackedTensor(**parts, shape=(n, 16)) for n in (1, 4194176, 4194177))
     launch.matmul(device, a, most, exact=False)
-    with pytest.raises(ValueError, match=r"b has 2097025 rows; gemm_small_8 takes up to 2097024\. Split b\."):
+    with pytest.raises(
+        ValueError, match=r"b has 4194177 rows; gemm_small_8x64 takes up to 4194176\. Split b\."
+    ):
         launch.matmul(device, a, more, exact=False)
-    assert [of.blocks for of in device.launches] == [65532]
+    assert [of.blocks for of in device.launches] == [65534]
 
 
 @pytest.mark.parametrize("arch", resources.ON)

@@ -19,6 +19,10 @@ __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic
 __device__ inline void cp_async16(u32 to, const void *from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+// Through L1: thread blocks of the same multiprocessor find it there.
+__device__ inline void cp_async16_l1(u32 to, const void *from, u32 bytes) {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
 __device__ inline void cp_async8(u32 to, const void *from, u32 bytes) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -108,6 +112,17 @@ __device__ inline void mma_nvfp4(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b
 __device__ inline u32 mul_f16x2(u32 a, u32 b) {
     u32 d;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+// Both times the lower (0) or the upper (1) of two numbers.
+template <int WHICH> __device__ inline u32 mul_f16x2_by(u32 a, u32 two) {
+    u32 d;
+    asm("{\n\t.reg .b16 by<2>;\n\t.reg .b32 both;\n\t"
+        "mov.b32 {by0, by1}, %2;\n\t"
+        "mov.b32 both, {by%3, by%3};\n\t"
+        "mul.rn.f16x2 %0, %1, both;\n\t}"
+        : "=r"(d)
+        : "r"(a), "r"(two), "n"(WHICH));
     return d;
 }
 // The larger one; NaN if one is NaN.
