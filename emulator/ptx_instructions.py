@@ -402,6 +402,7 @@ def over_warps(combine: Any, kind: str, batch: Batch, o: list[str]) -> None:
 
 
 RULES[r"vote\.sync\.any\.pred"] = partial(over_warps, np.logical_or, "pred")
+RULES[r"redux\.sync\.add\.[su]32"] = partial(over_warps, np.add, "u32")
 RULES[r"redux\.sync\.max\.u32"] = partial(over_warps, np.maximum, "u32")
 RULES[r"redux\.sync\.or\.b32"] = partial(over_warps, np.bitwise_or, "b32")
 

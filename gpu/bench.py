@@ -37,6 +37,7 @@ WIDEST = RESIDUALS[-1]
 QUANTIZING = ("copy", "quantize", "quantize, dynamic scale", "augment", "RMSNorm + augment")
 LIBRARY = ("torch fp16", "torch bf16", "torch nvfp4")
 PRODUCTS = ("exact", "fast", "quantize + exact", "quantize + fast")
+READ = "read weights"  # as many bytes as S = 0 has, and nothing else: no product can be faster
 
 
 class Gpu(NamedTuple):
@@ -83,7 +84,7 @@ class Case:
     @property
     def flops(self) -> int:
         """Of the product, residual channels included."""
-        return 2 * self.m * self.n * (self.k + self.s)
+        return 0 if self.operation == READ else 2 * self.m * self.n * (self.k + self.s)
 
     @property
     def weight_bytes(self) -> int:
@@ -94,6 +95,8 @@ class Case:
         """That have to move: every input once (x twice for its own tensor scale), every output once."""
         m, n, k, wide = self.m, self.n, self.k, self.k + self.s
         x, q = 2 * m * k, packed_bytes(m, wide)
+        if self.operation == READ:
+            return self.weight_bytes
         if self.n and self._in_16_bits:
             return x + self.weight_bytes + 2 * m * n
         if self.n:
@@ -132,7 +135,7 @@ def plan(layers: Sequence[tuple[int, int]], rows: Sequence[int], only: str | Non
                 cases += [Case(o, m, n, k) for o in LIBRARY[:2]]
                 cases += [Case(o, m, n, k, s) for o in ("exact", "fast") for s in RESIDUALS]
                 cases += [Case(o, m, n, k, s) for o in PRODUCTS[2:] for s in (0, WIDEST)]
-                cases += [Case(LIBRARY[2], m, n, k, s) for s in (0, WIDEST)]
+                cases += [Case(LIBRARY[2], m, n, k, s) for s in (0, WIDEST)] + [Case(READ, m, n, k)]
     return cases
 
 
@@ -350,7 +353,8 @@ class Bench:
         if reason:
             return Result(case, reason=reason)
         try:
-            call, compared, error = self._multiply(case) if case.n else self._quantize(case)
+            prepare = self._read if case.operation == READ else self._multiply if case.n else self._quantize
+            call, compared, error = prepare(case)
             times = self.timer(call)
             return Result(case, float(np.median(times)), min(times), max(times), compared, error)
         except Exception as error:  # reported, and the other cases run
@@ -441,6 +445,29 @@ class Bench:
         return launch.PackedTensor(
             codes=codes, scales=scales, tensor_scale=q.tensor_scale, largest=q.largest, shape=q.shape
         )
+
+    def _read(self, case: Case) -> tuple[Callable[[int], Any], int, None]:
+        size, threads, count = packed_bytes(case.n, case.k), 1024, self.timer.copies(case.weight_bytes)
+        blocks = (
+            2 * self.torch.cuda.get_device_properties(self.torch.cuda.current_device()).multi_processor_count
+        )
+        held = self._keep(f"{case.layer}/bytes", lambda: [self._random_bytes(size) for _ in range(count)])
+        args = [[arrays.as_array("bytes", one), np.int64(size // 16)] for one in held]
+        sums = self.device.empty((blocks * threads // 32,), "uint32")
+
+        def call(i: int) -> None:
+            self.device.launch("probe", "add_words", (blocks, 1, 1), threads, [*args[i % count], sums])
+
+        call(0)
+        words = held[0].cpu().numpy()[: size // 16 * 16].view(np.uint32)
+        got, true = (
+            np.array([np.add.reduce(x, dtype=np.uint32)]) for x in (self.device.download(sums), words)
+        )
+        _same("sums of all words", got, true)
+        return call, size, None
+
+    def _random_bytes(self, size: int) -> Any:
+        return self.torch.randint(256, (size,), dtype=self.torch.uint8, device=CUDA)
 
     def _multiply(self, case: Case) -> tuple[Callable[[int], Any], int, float]:
         x, selection, order = self._activations(case.layer, case)

@@ -354,6 +354,21 @@ def test_few_rows(face, m, n, blocks, seed):
 
 
 @on_every_device
+@pytest.mark.parametrize("count", [1, 127, 128, 1001])
+def test_every_word_is_added(face, count):
+    """By 128 threads, 16 bytes at a time; the part of each warp is apart."""
+    device, words = (
+        face.device,
+        np.random.default_rng(count).integers(2**32, size=(count, 4), dtype=np.uint32),
+    )
+    sums = device.empty((4,), "uint32")
+    device.launch(
+        "probe", "add_words", (2, 1, 1), 64, [device.upload(words, "uint32"), np.int64(count), sums]
+    )
+    assert sum(map(int, device.download(sums))) % 2**32 == int(words.sum()) % 2**32
+
+
+@on_every_device
 @few
 @given(layer=activations(), rows=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
 def test_a_whole_layer(face, layer, rows, seed):

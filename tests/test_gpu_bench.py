@@ -31,7 +31,7 @@ def test_the_plan_covers_the_shapes():
             assert {(o, m, n, k, 0) for o in ("torch fp16", "torch bf16")} <= found
             assert {(o, m, n, k, s) for o in ("exact", "fast") for s in (0, 64, 128, 512)} <= found
             assert {(f"quantize + {o}", m, n, k, s) for o in ("exact", "fast") for s in (0, 512)} <= found
-            assert {("torch nvfp4", m, n, k, s) for s in (0, 512)} <= found
+            assert {("torch nvfp4", m, n, k, s) for s in (0, 512)} | {("read weights", m, n, k, 0)} <= found
         for k in (4096, 14336):
             assert {("copy", m, 0, k, 0), ("quantize", m, 0, k, 0), ("augment", m, 0, k, 512)} <= found
             assert ("RMSNorm + augment", m, 0, k, 512) in found
@@ -61,6 +61,7 @@ def test_stated_peaks():
             2 * 128**2 * 512,
         ),
         (("torch nvfp4", 128, 128, 512), 2 * 128 * (256 + 32) + 2 * 128**2, 2 * 128**2 * 512),
+        (("read weights", 2, 256, 512), 256 * (256 + 32), 0),
         (("copy", 128, 0, 512), 2 * 2 * 128 * 512, 0),
         (("quantize", 128, 0, 512), 128 * (1024 + 256 + 32), 0),
         (("quantize, dynamic scale", 128, 0, 512), 128 * (2048 + 256 + 32), 0),
@@ -86,7 +87,7 @@ def test_floor_times():
 def test_dry_run_prints_the_plan_without_a_gpu(capsys):
     assert bench.main(["--dry-run", "--layers", "4096x4096", "--rows", "1", "256"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("42 cases")
+    assert out.startswith("44 cases")
     for name in bench.GPUS:
         assert f"\n{name}: floor times, from bytes and operations over " in out
     h100 = out.split("\nRTX 5090")[0]
@@ -189,6 +190,16 @@ class OnTheCpu:
     def as_array(self, name, x):
         return Array(0, tuple(x.shape), "uint8", x)
 
+    def empty(self, shape, dtype):
+        return Array(0, shape, dtype, self.torch.zeros(shape, dtype=getattr(self.torch, dtype)))
+
+    def launch(self, source, kernel, grid, threads, args):
+        assert (source, kernel) == ("probe", "add_words")
+        words, count, sums = args
+        read = words.owner.numpy()[: 16 * count - self.wrong].view(np.uint8)
+        whole = np.add.reduce(np.pad(read, (0, self.wrong)).view(np.uint32), dtype=np.uint32)
+        sums.owner.numpy()[:2] = whole // 2, whole - whole // 2
+
     def order_of(self, selection, like):
         self.selection = selection
         return selection.order
@@ -259,6 +270,10 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(bench, "arrays", fake)
     monkeypatch.setattr(bench.launch, "unpack", fake.unpack)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132)
+    )
     return fake
 
 
@@ -273,7 +288,7 @@ def test_every_case_is_compared_and_timed(on_the_cpu):
             continue
         assert (result.median, result.best, result.worst) == (2e-6, 1e-6, 3e-6)
         assert (result.compared > 0) == (case.operation not in ("copy", "torch fp16", "torch bf16"))
-        assert (result.error is None) == (case.n == 0)
+        assert (result.error is None) == (case.n == 0 or case.operation == "read weights")
     error = {(c.operation, c.s): r.error for c, r in results.items() if c.m == 20}
     assert error["torch fp16", 0] < 1e-3 < error["exact", 512] < error["exact", 0] < 0.2
     assert all(value is None or value == value for row in bench.report(results, bench.Peak(1, 1), {})["rows"]
@@ -289,6 +304,13 @@ def test_what_differs_is_reported_and_not_timed(operation, on_the_cpu):
     assert re.match(
         r"Wrong: 1 of \d+ codes differ, first at \(0, 0\): got 0x\w+, expected 0x\w+", result.reason
     )
+
+
+def test_bytes_that_are_not_read_are_reported(on_the_cpu):
+    on_the_cpu.wrong = 1
+    result = bench.Bench(on_the_cpu.torch, 4).run(bench.Case(bench.READ, 4, 48, 512))
+    assert result.failed
+    assert result.reason.startswith("Wrong: 1 of 1 sums of all words differ"), result.reason
 
 
 def test_a_wrong_product_is_reported(on_the_cpu, monkeypatch):

@@ -1,7 +1,8 @@
-// D = A·Bᵀ + C, one MMA instruction a warp on given operands: what gpu.verify compares with the emulator.
+// What the hardware alone does. D = A·Bᵀ + C, one MMA instruction a warp on given operands, which gpu.verify compares
+// with the emulator; and reading bytes, next to which gpu.bench sets the products that read as many.
 // Equals emulator/tensor_core.py: half_warps on a Hopper GPU, nvfp4_warps on an RTX Blackwell GPU.
 // A (steps, 16 rows), B (steps, 8 rows): a row is 8 words, of 16 numbers or of 64 packed codes; C and D
-// (steps, 16, 8). Launch: 256 threads = 8 steps; grid ⌈steps / 8⌉.
+// (steps, 16, 8). Launch: 256 threads = 8 steps; grid ⌈steps / 8⌉. add_words: blocks of whole warps, any grid.
 #include "ptx.cuh"
 
 // Registers of one lane. Both kinds of MMA have their words at the same places.
@@ -46,3 +47,16 @@ extern "C" __global__ void mma_m16n8k64(const u32 *a, const u32 *b, const u32 *s
     step.store(d);
 }
 #endif
+
+// The sum of all words modulo 2^32, in parts: one for each warp. Four loads are under way at a time.
+extern "C" __global__ void add_words(const uint4 *words, long long n, u32 *sums) {
+    long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x, all = (long long)gridDim.x * blockDim.x;
+    u32 sum = 0;
+#pragma unroll 4
+    for (long long i = thread; i < n; i += all) {
+        uint4 four = words[i];
+        sum += four.x + four.y + four.z + four.w;
+    }
+    sum = __reduce_add_sync(~0u, sum);
+    if (threadIdx.x % 32 == 0) sums[thread / 32] = sum;
+}
