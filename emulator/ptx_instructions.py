@@ -87,6 +87,15 @@ def fma(rounding: str, a: Array, b: Array, c: Array) -> Array:
     return rounded(exact_sum(a.astype(f64) * b.astype(f64), c.astype(f64)), rounding)
 
 
+def approximate_reciprocal(a: Array) -> Array:
+    """Within an ulp of 1 / a, which is all that PTX defines: the last bit of a flips the last bit of 1 / a.
+    Subnormal numbers are zero, with their sign."""
+    least = f32(2.0**-126)
+    exact = f32(1) / np.where(np.abs(a) < least, a * f32(0), a)
+    exact = np.where(np.isfinite(exact), (exact.view(u32) ^ (a.view(u32) & u32(1))).view(f32), exact)
+    return one_nan(np.where(np.abs(exact) < least, exact * f32(0), exact))
+
+
 def float_of_s64(a: Array) -> Array:
     """Toward zero: the sum of two halves that float64 has."""
     return rounded(exact_sum((a >> 32) * 2.0**32, (a & 0xFFFFFFFF).astype(f64)), "rz")
@@ -135,6 +144,11 @@ def select(a: Array, b: Array, p: Array) -> Array:
 def wide_product(a: Array, b: Array) -> Array:
     dtype = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
     return a.astype(dtype) * b.astype(dtype)
+
+
+def sum_of_two_products(a: Array, b: Array, c: Array) -> Array:
+    """Both 16-bit halves of a, each times one of the lower two bytes of b, and c."""
+    return (a & u32(0xFFFF)) * (b & u32(0xFF)) + (a >> u32(16)) * (b >> u32(8) & u32(0xFF)) + c
 
 
 def quotient(a: Array, b: Array) -> Array:
@@ -187,6 +201,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"sub\.{INTEGER}": ("t t", np.subtract),
     rf"min\.{INTEGER}": ("t t", np.minimum),
     rf"max\.{INTEGER}": ("t t", np.maximum),
+    r"min\.relu\.s32": ("s32 s32", lambda a, b: np.maximum(np.minimum(a, b), 0)),
     rf"abs\.{INTEGER}": ("t", np.abs),
     rf"neg\.{INTEGER}": ("t", np.negative),
     rf"mul\.lo\.{INTEGER}": ("t t", np.multiply),
@@ -194,6 +209,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"mul\.wide\.([su](?:16|32))": ("t t", wide_product),
     rf"mad\.lo\.{INTEGER}": ("t t t", lambda a, b, c: a * b + c),
     r"mad\.wide\.([su]32)": ("t t u64", lambda a, b, c: wide_product(a, b).view(u64) + c),
+    r"dp2a\.lo\.u32\.u32": ("b32 b32 b32", sum_of_two_products),
     rf"div\.{INTEGER}": ("t t", quotient),
     rf"rem\.{INTEGER}": ("t t", lambda a, b: a - quotient(a, b) * b),
     rf"and\.{BITS}": ("t t", np.bitwise_and),
@@ -215,6 +231,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"mul\.rn\.f32": ("f32 f32", lambda a, b: one_nan(a * b)),
     r"div\.rn\.f32": ("f32 f32", lambda a, b: one_nan(a / b)),
     r"rcp\.rn\.f32": ("f32", lambda a: one_nan(f32(1) / a)),
+    r"rcp\.approx\.ftz\.f32": ("f32", approximate_reciprocal),
     r"sqrt\.rn\.f32": ("f32", lambda a: one_nan(np.sqrt(a))),
     r"fma\.rn\.f32": ("f32 f32 f32", partial(fma, "rn")),
     r"fma\.rz\.f32": ("f32 f32 f32", partial(fma, "rz")),

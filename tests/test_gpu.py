@@ -21,7 +21,7 @@ import gpu
 from arcquant_ref import NVFP4Tensor, Selection, layout, select_top
 from arcquant_ref.formats import BLOCK, E2M1, E4M3
 from arcquant_ref.quantize import exact_values
-from emulator.formats import bits_of, f32, float_of, nearest_e2m1, nearest_e4m3, u32
+from emulator.formats import bits_of, f32, f64, float_of, nearest_e2m1, nearest_e4m3, u32
 from emulator.jit import fma, kernel, over_rows
 from gpu import arrays, launch
 from gpu.device import WORDS, Array, Cuda, Interpreted
@@ -163,15 +163,20 @@ def _decided_differently(nearest):
         tried, different = 0, 0
         for significand in range(first, last):
             step = f32(significand) * f32(2.0**-23)
-            reciprocal = f32(f32(1) / step)
-            for midpoint in midpoints:
-                middle = bits_of(f32(midpoint * step))
-                for away in range(-4, 5):
-                    x = float_of(u32(middle + away))
-                    q = f32(x * reciprocal)
-                    q = fma(fma(-q, step, x), reciprocal, q)
-                    tried += 1
-                    different += nearest(bits_of(q)) != nearest(bits_of(f32(x / step)))
+            nearest_reciprocal = bits_of(f32(f32(1) / step))
+            for ulps in range(-1, 2):
+                high = float_of(u32(nearest_reciprocal + ulps))
+                e = fma(-step, high, f32(1))
+                if abs(f64(e)) > f64(step) * (2.0**-24 if high < 1 else 2.0**-23):
+                    continue  # not within an ulp of 1 / step
+                low = fma(high, e, f32(f32(high * e) * f32(e * f32(1.125))))
+                for midpoint in midpoints:
+                    middle = bits_of(f32(midpoint * step))
+                    for away in range(-4, 5):
+                        x = float_of(u32(middle + away))
+                        q = fma(x, high, f32(x * low))
+                        tried += ulps == 0
+                        different += nearest(bits_of(q)) != nearest(bits_of(f32(x / step)))
         return tried, different
 
     return tried_and_different
@@ -181,7 +186,8 @@ def _decided_differently(nearest):
     ("nearest", "midpoints"), [(nearest_e2m1, E2M1.midpoints), (nearest_e4m3, E4M3.midpoints[:16])]
 )
 def test_the_short_division_decides_every_code_alike(nearest, midpoints):
-    """gpu/cuda/blocks.cuh, quotient_of: every significand of a step, every x around each midpoint times it.
+    """gpu/cuda/blocks.cuh, quotient_of: every significand of a step, every reciprocal within an ulp that the
+    hardware may begin with, every x around each midpoint times the step.
     Further away the quotients, less than an ulp apart, lie on the same side of the midpoint. Of E4M3 the
     subnormal codes and one binade; the others are the same, times a power of two."""
     count = _decided_differently(nearest)
@@ -197,8 +203,7 @@ def test_the_short_division_by_6_is_the_division():
         count = 0
         for significand in range(first, last):
             a, sixth = f32(significand), f32(f32(1) / f32(6))
-            q = f32(a * sixth)
-            count += fma(fma(-q, f32(6), a), sixth, q) != f32(a / f32(6))
+            count += fma(a, sixth, f32(a * f32(1 / 6 - sixth))) != f32(a / f32(6))
         return count
 
     assert np.sum(over_rows(lambda i, j: different(2**23 + i, 2**23 + j), 2**23)) == 0

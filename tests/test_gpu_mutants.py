@@ -246,8 +246,8 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
     ],
     ("80", "rounds", "augment.cu"): [
-        Mutant("warps leave blocks out", "step = 2 * (warps - warp) - 1", "step = 2 * (warps - warp)"),
-        Mutant("warps leave out the third round", "step = 2 * warps - step", "step = 2 * warps + 1 - step"),
+        Mutant("warps leave blocks out", "(2 * (warps - warp) - 1) * 32", "2 * (warps - warp) * 32"),
+        Mutant("warps leave out the third round", "64 * warps - step", "64 * warps + 32 - step"),
         Mutant(
             "each thread block has the first blocks of a row",
             "(blockIdx.y * blockDim.x + threadIdx.x) / 32, warps",
@@ -255,8 +255,8 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
         Mutant(
             "the next channels, not those of the next block",
-            "Gather(order, b - step * 32",
-            "Gather(order, b - 32",
+            "Gather(order, max(0, b - step))",
+            "Gather(order, max(0, b - 32))",
         ),
     ],
     ("80", "few", "formats.cuh"): [
@@ -274,10 +274,11 @@ MUTANTS = {  # architecture, probe, file → changes
             "__funnelshift_l((u32)(signs[i] < 0) << 31, sign, 4)",
         ),
         Mutant(
-            "3.5 rounds to 3",
-            "__fmaf_rn(magnitudes[i], 0.5f, one + 4)",
-            "__fmaf_rn(magnitudes[i], 0.5f, one + 5)",
+            "4.5 rounds to 6",
+            "twos_bits - 4 - below_bits",
+            "twos_bits - 5 - below_bits",
         ),
+        Mutant("residual of the magnitude", "| signs & 0x80008000", "| signs & 0"),
         Mutant("ties away from zero", "(1u << (shift - 1)) - 1 + (a >> shift & 1)", "(1u << (shift - 1))"),
     ],
     ("120a", "bytes", "ptx.cuh"): [
@@ -291,15 +292,15 @@ MUTANTS = {  # architecture, probe, file → changes
         Mutant("no floor under the scale", "fmaxf(v, E4M3::least_positive)", "v"),
         Mutant(
             "a scale by the reciprocal alone",
-            "float v = quotient_of(sixth, tensor_scale.value, ",
-            "float v = __fmul_rn(sixth, ",
+            "quotient_of(sixth, tensor_scale.reciprocal)",
+            "__fmul_rn(sixth, tensor_scale.reciprocal.high)",
         ),
         Mutant(
             "one division instead of two",
-            "quotient_of(sixth, tensor_scale.value, tensor_scale.reciprocal)",
+            "quotient_of(sixth, tensor_scale.reciprocal)",
             "__fdiv_rn(a, __fmul_rn(E2M1::largest, tensor_scale.value))",
         ),
-        Mutant("a sixth is a product", "sixth = quotient_of(a, E2M1::largest, ", "sixth = __fmul_rn(a, "),
+        Mutant("a sixth is a product", "quotient_of(a, SIXTH)", "__fmul_rn(a, SIXTH.high)"),
         Mutant(
             "slowly: one division instead of two",
             "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
@@ -307,15 +308,17 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
         Mutant(
             "times the reciprocal",
-            "float q = __fmul_rn(fabsf(x), reciprocal);",
-            "float q = 0; return __fmul_rn(fabsf(x), reciprocal);",
+            "return __fmaf_rn(x, y.high, __fmul_rn(x, y.low));",
+            "return __fmul_rn(x, y.high);",
         ),
         Mutant(
             "NaN keeps its sign",
-            "bool ordinary = a < __fmul_rn(step, tensor_scale.limit);",
-            "bool ordinary = true;",
+            "if (beyond && !(a <",
+            "if (false && !(a <",
         ),
-        Mutant("the short division overflows nibbles", "fminf(quotient[i], E2M1::largest)", "quotient[i]"),
+        Mutant(
+            "the short division overflows nibbles", "fminf(fabsf(quotient[i]), E2M1::largest)", "quotient[i]"
+        ),
         Mutant("a step too small for the short division", "x > power_of_two(-90)", "x > 0"),
         Mutant("slowly: the first code is the last", "for (int j = 1; j < BLOCK; j++) x[j - 1] = x[j];", ""),
         Mutant("swizzled rows 32 off", "row / 32 % 4 * 4", "(row / 32 + 1) % 4 * 4"),
@@ -330,22 +333,29 @@ MUTANTS = {  # architecture, probe, file → changes
     ("80", "bytes", "augment.cu"): [
         Mutant(
             "scale padding is not written",
-            "    fill_scales(row, rows, (k + s) / BLOCK, scales);\n",
+            "    fill_scales(row, rows, (u32)(k + s) / BLOCK, scales);\n",
             "",
             "never written",
         ),
         Mutant(
             "residual from the unrounded scale",
-            "float scale = E4M3::positive_value(block.scale);",
-            ("float scale = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale.value);"),
+            "u32 scale = f16x2_of_e4m3x2(block.scale * 0x0101);",
+            "float sixth = __fdiv_rn(__uint_as_float(amax_bits(x)), E2M1::largest);"
+            "float scale = __fdiv_rn(sixth, tensor_scale.value);"
+            "for (int i = 0; i < BLOCK; i++)"
+            "    x[i] = __fmaf_rn(-__fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale),"
+            "                     tensor_scale.value, x[i]);"
+            "continue;",
         ),
         Mutant(
             "residual rounded twice",
             "__fmaf_rn(-value, tensor_scale.value, x[i])",
-            "__fsub_rn(x[i], __fmul_rn(value, tensor_scale.value))",
+            "__fadd_rn(x[i], __fmul_rn(-value, tensor_scale.value))",
         ),
         Mutant("residual rounded toward zero", "__fmaf_rn(-value, tensor", "__fmaf_rz(-value, tensor"),
-        Mutant("not interleaved", "to = b < first ? b : 2 * b - first", "to = b"),
+        Mutant("residuals of the upper channels", "? pair : pair >> 16", "? pair >> 16 : pair"),
+        Mutant("every channel twice", "add_half<true>(pairs[", "add_half<false>(pairs["),
+        Mutant("not interleaved", "u32 to = max(b, 2 * b - (int)first)", "u32 to = b"),
         Mutant("weights get residuals", "augment<false>(x", "augment<true>(x"),
         Mutant(
             "no wait for the copies of a row",

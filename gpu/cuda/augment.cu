@@ -12,40 +12,43 @@ extern __shared__ uint4 shared_row[];
 
 // Where the channels of a block are.
 struct Gather {
-    uint4 order[2] = {};
-    __device__ Gather(const u16 *of_row, int block, int blocks) {
+    uint4 order[2];
+    __device__ Gather(const u16 *of_row, int block) {
         const uint4 *from = reinterpret_cast<const uint4 *>(of_row + block * BLOCK);
-        if (block >= 0 && block < blocks) order[0] = from[0], order[1] = from[1];
+        order[0] = from[0], order[1] = from[1];
     }
-    template <class T> __device__ void read(float (&x)[BLOCK], const T *row) const {
+    template <class T> __device__ void read(float (&x)[BLOCK], u32 row) const {
         const u32 pairs[BLOCK / 2] = {order[0].x, order[0].y, order[0].z, order[0].w,
                                       order[1].x, order[1].y, order[1].z, order[1].w};
 #pragma unroll
-        for (int i = 0; i < BLOCK; i++) x[i] = row[i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFF].value();
+        for (int i = 0; i < BLOCK; i += 2) {
+            T one, other;
+            load_shared(one.bits, add_half<false>(pairs[i / 2], sizeof(T), row));
+            load_shared(other.bits, add_half<true>(pairs[i / 2], sizeof(T), row));
+            x[i] = one.value(), x[i + 1] = other.value();
+        }
     }
 };
 
 // x to block `to` of a row, and if that is not the `last`, its residual to the next one.
 template <bool RESIDUAL>
-__device__ inline void augment_block(float (&x)[BLOCK], int to, int last, const TensorScale &tensor_scale,
+__device__ inline void augment_block(float (&x)[BLOCK], u32 to, u32 last, const TensorScale &tensor_scale,
                                      u32 *largest, u8 *codes, u8 *scales) {
-    u32 amax = amax_bits(x);
-    tell_non_finite(largest, amax);
     Block block;
 #pragma unroll 1
     for (bool again = false;; again = true, to++) {
-        if (RESIDUAL || !again) block = quantize_block(x, tensor_scale, amax);
+        if (RESIDUAL || !again) block = quantize_block(x, tensor_scale, largest);
         store_codes(codes + to * (BLOCK / 2), block);
         scales[to / 4 * 512 + to % 4] = block.scale;
         if (to == last) return;
         if (RESIDUAL) {
-            float scale = E4M3::positive_value(block.scale);
+            u32 scale = f16x2_of_e4m3x2(block.scale * 0x0101);
 #pragma unroll
             for (int i = 0; i < BLOCK; i++) {
-                float value = __fmul_rn(E2M1::value(block.codes[i / 8] >> 4 * (i % 8) & 0xF), scale);
+                u32 pair = mul_f16x2(f16x2_of_e2m1x2(block.codes[i / 8], i % 4), scale); // exact
+                float value = float_of_f16(i % 8 < 4 ? pair : pair >> 16);
                 x[i] = __fmaf_rn(-value, tensor_scale.value, x[i]);
             }
-            amax = amax_bits(x);
         }
     }
 }
@@ -54,28 +57,34 @@ __device__ inline void augment_block(float (&x)[BLOCK], int to, int last, const 
 // which have a residual and take twice as long, then forth and back, so that no warp has the longer ones always.
 // Where the next channels are is loaded ahead, the first ones while the row arrives.
 template <bool RESIDUAL, class T>
-__device__ inline void augment_row(int row, int k, int s, const u16 *order, const TensorScale &tensor_scale,
+__device__ inline void augment_row(int row, int k, int s, const u16 *order, const float *scale_of_tensor,
                                    u32 *largest, u8 *codes, u8 *scales) {
-    int blocks = k / BLOCK, first = (k - s) / BLOCK, chunks = (blocks + 31) / 32;
+    u32 first = (u32)(k - s) / BLOCK;
+    int blocks = (u32)k / BLOCK, chunks = (u32)(blocks + 31) / 32;
     int warp = (blockIdx.y * blockDim.x + threadIdx.x) / 32, warps = gridDim.y * blockDim.x / 32;
-    int b = (chunks - 1 - warp) * 32 + (int)threadIdx.x % 32, step = 2 * (warps - warp) - 1;
-    codes += (size_t)row * (k + s) / 2, scales += scale_offset(row, 0, ((k + s) / BLOCK + 3) / 4);
-    Gather next(order, b, blocks);
+    int b = (chunks - 1 - warp) * 32 + (int)(threadIdx.x % 32), step = (2 * (warps - warp) - 1) * 32;
+    u32 shared = shared_address(shared_row);
+    codes += (u64)(u32)row * ((u32)(k + s) / 2);
+    scales += scale_offset(row, 0, ((u32)(k + s) / BLOCK + 3) / 4);
+    keep(first), keep(shared), keep(codes), keep(scales);
+    __builtin_assume(__isGlobal(codes)), __builtin_assume(__isGlobal(scales));
+    Gather next(order, max(0, min(b, blocks - 1)));
+    TensorScale tensor_scale(*scale_of_tensor);
     cp_async_wait<0>();
     __syncthreads();
-    for (; b >= 0; b -= step * 32, step = 2 * warps - step) {
+    for (; b >= 0; b -= step, step = 64 * warps - step) {
         float x[BLOCK];
-        next.read(x, reinterpret_cast<const T *>(shared_row));
-        next = Gather(order, b - step * 32, blocks);
-        int to = b < first ? b : 2 * b - first;
+        next.read<T>(x, shared);
+        next = Gather(order, max(0, b - step));
+        u32 to = max(b, 2 * b - (int)first);
         if (b < blocks)
-            augment_block<RESIDUAL>(x, to, b < first ? to : to + 1, tensor_scale, largest, codes, scales);
+            augment_block<RESIDUAL>(x, to, b < (int)first ? to : to + 1, tensor_scale, largest, codes, scales);
     }
 }
 
 // Zero where no block is: in all of a row beyond the last one, else in what fills the last tile.
 __device__ inline void fill_scales(int row, int rows, int blocks, u8 *scales) {
-    if (blockIdx.y > 0) return;
+    if (blockIdx.y > 0 || row < rows && blocks % 4 == 0) return;
     int tiles = (blocks + 3) / 4;
     for (int c = (row < rows ? blocks : 0) + threadIdx.x; c < 4 * tiles; c += blockDim.x)
         scales[scale_offset(row, c, tiles)] = 0;
@@ -84,14 +93,24 @@ __device__ inline void fill_scales(int row, int rows, int blocks, u8 *scales) {
 template <bool RESIDUAL, class T>
 __device__ inline void augment(const T *x, int rows, int k, int s, const u16 *order, const float *tensor_scale,
                                u32 *largest, u8 *codes, u8 *scales) {
-    int row = blockIdx.x, chunks = k * (int)sizeof(T) / 16;
-    fill_scales(row, rows, (k + s) / BLOCK, scales);
+    int row = blockIdx.x, chunks = k * (u32)sizeof(T) / 16;
+    fill_scales(row, rows, (u32)(k + s) / BLOCK, scales);
     if (row >= rows) return;
-    const uint4 *from = reinterpret_cast<const uint4 *>(x + (size_t)row * k);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < chunks; i += blockDim.x) cp_async16(shared_address(shared_row + i), from + i, 16);
+    const uint4 *from = reinterpret_cast<const uint4 *>(x + (u64)(u32)row * (u32)k);
+    // A warp copies 128 · 16 bytes in turn: together, so that one address serves four copies.
+    int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32 * 128; i < chunks; i += 4 * blockDim.x) {
+        u32 to = shared_address(shared_row + i + lane);
+        if (i + 128 <= chunks) {
+#pragma unroll
+            for (int j = 0; j < 128; j += 32) cp_async16(to + 16 * j, from + i + lane + j, 16);
+        } else {
+#pragma unroll 1
+            for (int j = i + lane; j < chunks; j += 32, to += 512) cp_async16(to, from + j, 16);
+        }
+    }
     cp_async_commit();
-    augment_row<RESIDUAL, T>(row, k, s, order, *tensor_scale, largest, codes, scales);
+    augment_row<RESIDUAL, T>(row, k, s, order, tensor_scale, largest, codes, scales);
 }
 
 // lanes[t] = Σ fl(x[k]²) over k = t, t + 256, …, added in this order; then halves are added: t and t + 128, …
@@ -136,7 +155,7 @@ __device__ inline void rmsnorm_augment(const T *x, int rows, int k, int s, const
         bad |= (__float_as_uint(row[i]) & MAGNITUDE) >= INF;
     }
     if (bad) atomicMax(rest, rows - blockIdx.x);
-    augment_row<true, F32>(blockIdx.x, k, s, order, *tensor_scale, largest, codes, scales);
+    augment_row<true, F32>(blockIdx.x, k, s, order, tensor_scale, largest, codes, scales);
 }
 
 #define AUGMENT(name, T)                                                                                     \

@@ -3,15 +3,36 @@
 #pragma once
 #include "formats.cuh"
 
+// 1 / y = high + low, for y far from the ends of float32: high · (1 + e + e² + …), high within an ulp of it. A little
+// more than e² stands for what comes after it, which decides where low, without it, is a tie.
+struct Reciprocal {
+    float high, low;
+    __device__ constexpr Reciprocal(float high, float low) : high(high), low(low) {}
+    __device__ Reciprocal(float y) : high(rcp_approx(y)) {
+        float e = __fmaf_rn(-y, high, 1);
+        low = __fmaf_rn(high, e, __fmul_rn(__fmul_rn(high, e), __fmul_rn(e, 1.125f)));
+    }
+};
+
+// x / y up to its last bit: it is rounded once from what differs by less than 2^-46 of it, and no quotient of
+// float32 numbers that decides a code comes so near to where float32, E2M1 or E4M3 would round otherwise
+// (tests/test_gpu.py tries all of them: test_the_short_division_decides_every_code_alike).
+__device__ inline float quotient_of(float x, const Reciprocal &y) {
+    return __fmaf_rn(x, y.high, __fmul_rn(x, y.low));
+}
+
 // A tensor scale, and what all blocks need of it.
 struct TensorScale {
-    float value, reciprocal;
-    float limit; // of amax / step, for the short division: far above what is ordinary; 0 near the ends of float32
-    __device__ TensorScale(float x) : value(x), reciprocal(__frcp_rn(x)), limit(0) {
-        if (x > power_of_two(-90) && x < power_of_two(90)) limit = power_of_two(30);
+    float value;
+    Reciprocal reciprocal;
+    float limit; // of amax / step, for codes by the short division; 0 near the ends of float32
+    __device__ TensorScale(float x) : value(x), reciprocal(x), limit(0) {
+        if (x > power_of_two(-90) && x < power_of_two(90)) limit = E2M1::largest + 0.5f;
         keep(limit);
     }
 };
+
+constexpr Reciprocal SIXTH(1 / E2M1::largest, (float)(1.0 / E2M1::largest - 1 / E2M1::largest));
 
 struct Block {
     u32 codes[2]; // even k in the low nibble
@@ -20,18 +41,14 @@ struct Block {
 
 // Bits of the largest |x|, or of a NaN if there is one: above those of infinity.
 __device__ inline u32 amax_bits(const float (&x)[BLOCK]) {
-    float amax = fabsf(x[0]);
+    float amax[BLOCK / 2];
 #pragma unroll
-    for (int i = 1; i < BLOCK; i++) amax = max_nan(amax, fabsf(x[i]));
-    return __float_as_uint(amax);
-}
-
-// |x| / y up to its last bit, with the reciprocal correctly rounded: one correction leaves an error below 2^-45
-// of it, and no quotient of float32 numbers that decides a code comes so near to where float32, E2M1 or E4M3 would
-// round otherwise (tests/test_gpu.py tries all of them: test_the_short_division_decides_every_code_alike).
-__device__ inline float quotient_of(float x, float y, float reciprocal) {
-    float q = __fmul_rn(fabsf(x), reciprocal);
-    return __fmaf_rn(__fmaf_rn(-q, y, fabsf(x)), reciprocal, q);
+    for (int i = 0; i < BLOCK / 2; i++) amax[i] = max_nan(fabsf(x[2 * i]), fabsf(x[2 * i + 1]));
+#pragma unroll
+    for (int n = BLOCK / 4; n > 0; n /= 2)
+#pragma unroll
+        for (int i = 0; i < n; i++) amax[i] = max_nan(amax[i], amax[i + n]);
+    return __float_as_uint(amax[0]);
 }
 
 __device__ inline u32 nearest_scale(float v) { return nearest_e4m3(fmaxf(v, E4M3::least_positive)); }
@@ -56,20 +73,30 @@ __device__ inline Block quantize_any_block(float (&x)[BLOCK], float tensor_scale
     return block;
 }
 
-__device__ inline Block quantize_block(float (&x)[BLOCK], const TensorScale &tensor_scale, u32 amax) {
-    float a = __uint_as_float(amax), sixth = quotient_of(a, E2M1::largest, 1 / E2M1::largest);
-    float v = quotient_of(sixth, tensor_scale.value, tensor_scale.reciprocal);
+// Infinity and NaN are rare: only they are told, so that the caller can be.
+__device__ inline void tell_non_finite(u32 *largest, u32 amax) {
+    if (amax >= INF) atomicMax(largest, amax);
+}
+
+__device__ inline Block quantize_block(float (&x)[BLOCK], const TensorScale &tensor_scale, u32 *largest) {
+    u32 amax = amax_bits(x);
+    float a = __uint_as_float(amax), sixth = quotient_of(a, SIXTH);
+    float v = quotient_of(sixth, tensor_scale.reciprocal);
     Block block;
     block.scale = nearest_scale(v);
     float step = __fmul_rn(E4M3::positive_value(block.scale), tensor_scale.value);
-    bool ordinary = a < __fmul_rn(step, tensor_scale.limit); // not NaN, not infinity
-    if (!ordinary) return quantize_any_block(x, tensor_scale.value, amax);
-    float reciprocal = __frcp_rn(step), quotient[BLOCK];
+    bool beyond = !(a < __fmul_rn(step, tensor_scale.limit));
+    if (beyond && !(a < __fmul_rn(step, tensor_scale.limit * power_of_two(27)))) { // also NaN, infinity
+        tell_non_finite(largest, amax);
+        return quantize_any_block(x, tensor_scale.value, amax);
+    }
+    Reciprocal reciprocal(step);
+    float quotient[BLOCK];
 #pragma unroll
-    for (int i = 0; i < BLOCK; i++) quotient[i] = quotient_of(x[i], step, reciprocal);
-    if (a >= __fmul_rn(step, E2M1::largest + 0.5f)) { // a static tensor scale saturates
+    for (int i = 0; i < BLOCK; i++) quotient[i] = quotient_of(x[i], reciprocal);
+    if (beyond) { // a static tensor scale saturates
 #pragma unroll
-        for (int i = 0; i < BLOCK; i++) quotient[i] = fminf(quotient[i], E2M1::largest);
+        for (int i = 0; i < BLOCK; i++) quotient[i] = fminf(fabsf(quotient[i]), E2M1::largest);
     }
     block.codes[0] = nearest_e2m1x8(x, quotient);
     block.codes[1] = nearest_e2m1x8(x + 8, quotient + 8);
@@ -88,9 +115,4 @@ __device__ inline size_t scale_offset(u32 row, u32 s, u32 tiles) {
 
 __device__ inline void store_codes(u8 *codes, const Block &block) {
     *reinterpret_cast<uint2 *>(codes) = make_uint2(block.codes[0], block.codes[1]);
-}
-
-// Infinity and NaN are rare: only they are told, so that the caller can be.
-__device__ inline void tell_non_finite(u32 *largest, u32 amax) {
-    if (amax >= INF) atomicMax(largest, amax);
 }

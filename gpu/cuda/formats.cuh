@@ -54,27 +54,28 @@ template <int EXPONENT_BITS, int MANTISSA_BITS, int NAN_CODES> struct Format {
 typedef Format<E2M1_EXPONENT_BITS, E2M1_MANTISSA_BITS, E2M1_NAN_CODES> E2M1;
 typedef Format<E4M3_EXPONENT_BITS, E4M3_MANTISSA_BITS, E4M3_NAN_CODES> E4M3;
 
-// Eight magnitudes below 6.5, and the signs of other numbers → eight codes, the first in the lowest nibble.
-__device__ inline u32 nearest_e2m1x8(const float *signs, const float *magnitudes) {
+// Eight numbers below 7, and the signs of others → eight codes, the first in the lowest nibble.
+__device__ inline u32 nearest_e2m1x8(const float *signs, const float *numbers) {
 #if __CUDA_ARCH__ >= 1000
     float x[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = copysignf(magnitudes[i], signs[i]);
+    for (int i = 0; i < 8; i++) x[i] = copysignf(numbers[i], signs[i]);
     return cvt_e2m1x8(x);
 #else
-    // A code counts halves up to 2, ones up to 4, twos up to 6: the least of three roundings to integers, each of
-    // which is an addition whose last bit is worth 1.
-    constexpr float one = 3 << (MANTISSA - 1);
+    // A code counts halves up to 2, ones up to 4, twos up to 6. A sum whose last bit is worth a half up to 2^23, a
+    // one from there on, rounds to halves or ones; of another one the last bit is worth two. The lesser counts.
+    constexpr float below = (1 << MANTISSA) - 2, twos = 3 << MANTISSA;
+    constexpr u32 below_bits = ((BIAS + MANTISSA) << MANTISSA) - 4;
+    constexpr u32 twos_bits = ((BIAS + MANTISSA + 1) << MANTISSA) + (1 << (MANTISSA - 1));
     u32 codes = 0, sign = 0;
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
-        u32 halves = __float_as_uint(__fmaf_rn(magnitudes[i], 2.0f, one));
-        u32 ones = __float_as_uint(__fadd_rn(magnitudes[i], one + 2));
-        u32 twos = __float_as_uint(__fmaf_rn(magnitudes[i], 0.5f, one + 4));
-        codes = (codes << 4) + min(min(halves, ones), twos); // positive numbers, so their bits sort alike
+        u32 low = __float_as_uint(__fadd_rn(fabsf(numbers[i]), below));
+        u32 high = __float_as_uint(__fadd_rn(fabsf(numbers[i]), twos)) - (twos_bits - 4 - below_bits);
+        codes = (codes << 4) + min(high, low);
         sign = __funnelshift_l(__float_as_uint(signs[i]), sign, 4);
     }
-    return codes - 0x4B400000u * 0x111u | sign & 0x88888888; // of 16^i · one's bits three are within 32 bits
+    return codes - below_bits * 0x11111111u | sign & 0x88888888;
 #endif
 }
 
@@ -103,6 +104,12 @@ __device__ inline u32 f16x2_of_e4m3x2(u32 codes) {
     u32 fields = __byte_perm(codes, 0, 0x1404), nan = (fields + 0x01000100) >> 15 & 0x00010001;
     return mul_f16x2(fields >> 1, 0x5C005C00) | nan * 0x7FFF; // moved to where fp16 has them, times 2^8
 #endif
+}
+
+// Codes i and i + 4 of eight → an fp16 pair: their fields, moved to where fp16 has them, times 2^14.
+__device__ inline u32 f16x2_of_e2m1x2(u32 codes, int i) {
+    u32 fields = i < 3 ? codes << (9 - 4 * i) : codes >> (4 * i - 9), signs = codes << (12 - 4 * i);
+    return mul_f16x2(fields & 0x0E000E00 | signs & 0x80008000, 0x74007400);
 }
 
 // What a matrix may hold: float32, float16, bfloat16. `read` widens N neighbours, 16 bytes at a time.

@@ -8,9 +8,22 @@ typedef unsigned long long u64;
 
 // x stays in its register: it is not computed again where it is used.
 __device__ inline void keep(const u8 *&x) { asm volatile("" : "+l"(x)); }
+__device__ inline void keep(u8 *&x) { asm volatile("" : "+l"(x)); }
 __device__ inline void keep(u32 &x) { asm volatile("" : "+r"(x)); }
 __device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
 
+// c + pairs' lower or upper half times `each`, below 256. Section "dp2a".
+template <bool UPPER> __device__ inline u32 add_half(u32 pairs, u32 each, u32 c) {
+    u32 d;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(pairs), "r"(UPPER ? each << 8 : each), "r"(c));
+    return d;
+}
+__device__ inline void load_shared(u16 &x, u32 address) {
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+}
+__device__ inline void load_shared(u32 &x, u32 address) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+}
 __device__ inline u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16, 8 or 4 bytes, global to shared, without registers; what lies beyond `bytes` is filled with zero. Of 16, the
@@ -130,6 +143,12 @@ __device__ inline float max_nan(float a, float b) {
     float d;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
     return d;
+}
+// 1 / x, the last bit or its neighbour; subnormal numbers are zero.
+__device__ inline float rcp_approx(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
 }
 __device__ inline float float_of_f16(u16 bits) {
     float x;

@@ -14,9 +14,7 @@ __device__ inline void quantize(const T *x, int rows, int k, const float *tensor
         size_t first = (size_t)row * k + s * BLOCK;
         float values[BLOCK];
         read<BLOCK>(values, x + first);
-        u32 amax = amax_bits(values);
-        tell_non_finite(largest, amax);
-        Block block = quantize_block(values, *tensor_scale, amax);
+        Block block = quantize_block(values, *tensor_scale, largest);
         store_codes(codes + first / 2, block);
         scale = block.scale;
     }
