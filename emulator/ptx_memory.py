@@ -12,17 +12,15 @@ from .jit import helper, kernel
 Bytes = NDArray[np.uint8]
 Stamps = NDArray[np.int64]
 Indices = NDArray[np.int64]
-Found = tuple[int, int, int, int]  # finding, its index among the threads, its byte, stamp of another thread
 
 # State of a byte. What a cp.async copies is in flight until the thread that issued it waits. What was written
 # is visible to wgmma after a fence.proxy.async, and multiplied until the warpgroup waits.
-OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT = u8(0), u8(1), u8(2), u8(3)
-VISIBLE, MULTIPLIED = u8(4), u8(5)
+OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT, VISIBLE, MULTIPLIED = (u8(state) for state in range(6))
+# Accesses; the write of an atomic operation; what cp.async delivers; what a wgmma begins to read
+READ, WRITE, ATOMIC, COPY, MULTIPLY = range(5)
 # Findings
 FINE, OUT_OF_BOUNDS, MISALIGNED, NEVER_WRITTEN, NOT_WAITED_FOR, WAS_WRITTEN, WAS_READ = range(7)
 NOT_FENCED, STILL_MULTIPLIED = 7, 8
-# Accesses; the write of an atomic operation; what cp.async delivers; what a wgmma reads
-READ, WRITE, ATOMIC, COPY, MULTIPLY = range(5)
 FIRST, ALIGNMENT = 0x7F00_0000_0000, 256  # of addresses in global memory
 
 
@@ -39,17 +37,11 @@ class Space(NamedTuple):
     sharers: int  # threads that share a region
 
 
-def global_space(size: int) -> Space:
-    data, state, writer = np.zeros(size, u8), np.zeros(size, u8), np.zeros(size, np.int64)
-    return Space(data, state, writer, writer[:0], writer[:0], FIRST, size, 1 << 40)
-
-
 def shared_space(size: int, blocks: int, threads: int) -> Space:
     """Of blocks of so many threads."""
-    filled = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
-    data, state = (np.zeros(filled * blocks, u8) for _ in range(2))
-    writer, reader, fenced = (np.zeros(filled * blocks, np.int64) for _ in range(3))
-    return Space(data, state, writer, reader, fenced, 0, filled, threads)
+    data, state = np.zeros((2, size * blocks), u8)
+    writer, reader, fenced = np.zeros((3, size * blocks), np.int64)
+    return Space(data, state, writer, reader, fenced, 0, size, threads)
 
 
 # A stamp says who and when: thread in the block, flags, barriers that its warp and its block have passed. In
@@ -57,7 +49,7 @@ def shared_space(size: int, blocks: int, threads: int) -> Space:
 THREAD, WARP_BITS = 1023, 5
 SEVERAL_THREADS, SEVERAL_WARPS = 1 << 10, 1 << 11
 WARP_SYNCS_AT, BARRIERS_AT = 12, 38
-LAUNCH_AT, BLOCK = 40, (1 << 40) - 1
+BLOCK, LAUNCH_AT, GLOBAL = (1 << 40) - 1, 40, 1 << 62
 
 
 def stamps(thread: Indices, warp_syncs: Indices, barriers: Indices) -> Stamps:
@@ -71,7 +63,10 @@ def one_warp(old: int, now: int) -> bool:
 
 @helper
 def unordered(old: int, now: int) -> bool:
-    """Whether `old`, or an access joined to it, is another thread's with no barrier before `now`."""
+    """Whether `old`, or an access joined to it, is another thread's with no barrier before `now`; in global
+    memory another block's of the same launch."""
+    if now & GLOBAL:
+        return old != now and old >> LAUNCH_AT == now >> LAUNCH_AT
     if old >> BARRIERS_AT != now >> BARRIERS_AT:
         return False
     if (old | now) & SEVERAL_WARPS or not one_warp(old, now):
@@ -84,112 +79,93 @@ def unordered(old: int, now: int) -> bool:
 @helper
 def joined(old: int, now: int) -> int:
     """One stamp for the accesses under `old` that still matter, and one more."""
-    if not unordered(old, now):
+    if now & GLOBAL or not unordered(old, now):
         return now
     return old | (SEVERAL_THREADS if one_warp(old, now) else SEVERAL_WARPS)
 
 
 @helper
-def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int, int]:
-    """(what is wrong with an access to byte `at`, stamp of the other thread); `value` is what it writes.
-    Writes of the same value do not race."""
-    state, written = space.state[at], space.writer[at]
+def wrong(how: int, state: int, same: bool, written: int, read: int, fenced: int, now: int) -> int:
+    """What is wrong with an access to a byte, which may write the `same` as is there, after those before."""
+    reads = how in (READ, MULTIPLY)
     if state == OUTSIDE:
-        return OUT_OF_BOUNDS, 0
+        return OUT_OF_BOUNDS
     if state == IN_FLIGHT:
-        return NOT_WAITED_FOR, 0
-    if state == UNWRITTEN and how == READ:
-        return NEVER_WRITTEN, 0
-    if state == MULTIPLIED and how != READ:
-        return STILL_MULTIPLIED, 0
-    differs = how != WRITE or state == UNWRITTEN or space.data[at] != value
-    if len(space.reader) == 0:  # two blocks must not write different bytes, except by atomic operations
-        if how == READ:
-            return FINE, 0
-        space.writer[at] = 0 if how == ATOMIC else now
-        raced = written >> LAUNCH_AT == now >> LAUNCH_AT and written != now and how == WRITE and differs
-        return (WAS_WRITTEN if raced else FINE), written
-    read = space.reader[at]
-    if how == READ:
-        space.reader[at] = joined(read, now)
-        return (WAS_WRITTEN if unordered(written, now) else FINE), written
-    if unordered(read, now):
-        return WAS_READ, read
-    space.writer[at] = joined(written, now)
-    return (WAS_WRITTEN if unordered(written, now) and differs else FINE), written
+        return NOT_WAITED_FOR
+    if state == UNWRITTEN and reads:
+        return NEVER_WRITTEN
+    if state == MULTIPLIED and not reads:
+        return STILL_MULTIPLIED
+    if not reads and unordered(read, now):
+        return WAS_READ
+    if not same and unordered(written, now):
+        return WAS_WRITTEN
+    unseen = how == MULTIPLY and (state == WRITTEN or unordered(fenced, now))
+    return NOT_FENCED if unseen else FINE
 
 
 @kernel
 def access(
-    space: Space, addresses: Indices, threads: Indices, now: Stamps, values: Bytes, alignment: int, how: int
-) -> Found:
-    """Fill values, (threads, bytes), from addresses if `how` is READ; else put them there."""
+    space: Space, addresses: Indices, threads: Indices, when: Stamps, values: Bytes, alignment: int, how: int
+) -> tuple[int, int, int, int]:
+    """Fill values, (threads, bytes), from addresses if `how` reads; else put them there. Returns a finding,
+    its index among the threads, its byte, the stamp of another thread. In global memory only writes that are
+    not atomic are compared."""
+    reads, shared = how in (READ, MULTIPLY), len(space.reader) > 0
     for i in range(len(threads)):
         offset = addresses[i] - space.first
         if offset < 0 or offset > space.size - values.shape[1]:
             return OUT_OF_BOUNDS, i, 0, 0
         if addresses[i] % alignment != 0:
             return MISALIGNED, i, 0, 0
-        at = threads[i] // space.sharers * space.size + offset
+        first = threads[i] // space.sharers * space.size + offset
+        now = when[threads[i]] | (SEVERAL_WARPS if how == MULTIPLY else 0)
         for b in range(values.shape[1]):
-            finding, other = checked(space, at + b, now[threads[i]], how, values[i, b])
+            at = first + b
+            written = space.writer[at] if shared or how == WRITE else 0
+            read, fenced = (space.reader[at], space.fenced[at]) if shared else (0, 0)
+            same = how == WRITE and space.state[at] != UNWRITTEN and space.data[at] == values[i, b]
+            finding = wrong(how, space.state[at], same, written, read, fenced, now)
             if finding != FINE:
-                return finding, i, b, other
-            if how == READ:
-                values[i, b] = space.data[at + b]
+                return finding, i, b, read if finding == WAS_READ else written
+            if reads:
+                values[i, b] = space.data[at]
             else:
-                space.data[at + b] = values[i, b]
-                space.state[at + b] = IN_FLIGHT if how == COPY else WRITTEN
+                space.data[at], space.state[at] = values[i, b], IN_FLIGHT if how == COPY else WRITTEN
+                space.writer[at] = 0 if how == ATOMIC else joined(written, now)
+            if reads and shared:
+                space.reader[at] = joined(read, now)
+            if how == MULTIPLY:
+                space.state[at] = MULTIPLIED
     return FINE, 0, 0, 0
 
 
 @kernel
-def land(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> None:
-    """The copies have arrived for their own threads; for others after a barrier, as if written just now."""
-    for i in range(len(threads)):
-        at = threads[i] // space.sharers * space.size + addresses[i]
-        space.state[at : at + width], space.writer[at : at + width] = WRITTEN, now[threads[i]]
+def mark(space: Space, last: Stamps, accesses: Indices, now: Stamps, state: int) -> None:
+    """Accesses (thread, address, bytes, …) to shared memory, as if done just now, leave bytes in a state;
+    `last` is space.writer or space.reader."""
+    for i in range(len(accesses)):
+        thread, address, width = accesses[i, 0], accesses[i, 1], accesses[i, 2]
+        at = thread // space.sharers * space.size + address
+        space.state[at : at + width], last[at : at + width] = state, now[thread]
 
 
 @kernel
 def fence(space: Space, fencing: NDArray[np.bool_], now: Stamps) -> None:
     """What these threads wrote is visible to wgmma: after a barrier, as if written just now."""
     for at in range(len(space.state)):
-        if space.state[at] == WRITTEN:
-            thread = at // space.size * space.sharers + (space.writer[at] & THREAD)
-            if fencing[thread]:
-                space.state[at], space.fenced[at] = VISIBLE, now[thread]
-
-
-@kernel
-def multiply(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> Found:
-    """A wgmma begins to read, or still reads, what `access` has read for it."""
-    for i in range(len(threads)):
-        first = threads[i] // space.sharers * space.size + addresses[i]
-        for at in range(first, first + width):
-            if space.state[at] == WRITTEN or unordered(space.fenced[at], now[threads[i]]):
-                return NOT_FENCED, i, at - first, space.writer[at]
-            space.state[at] = MULTIPLIED
-    return FINE, 0, 0, 0
-
-
-@kernel
-def multiplied(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> None:
-    """A wgmma has been waited for: as if its warpgroup read just now."""
-    for i in range(len(threads)):
-        first = threads[i] // space.sharers * space.size + addresses[i]
-        for at in range(first, first + width):
-            space.state[at] = VISIBLE
-            space.reader[at] = joined(space.reader[at], now[threads[i]])
+        thread = at // space.size * space.sharers + (space.writer[at] & THREAD)
+        if space.state[at] == WRITTEN and fencing[thread]:
+            space.state[at], space.fenced[at] = VISIBLE, now[thread]
 
 
 class Memory:
     """The global memory of one pretended device. Buffers lie at multiples of 256 with a gap behind each."""
 
     def __init__(self) -> None:
-        self.space = global_space(1 << 16)
+        data, stamps = np.zeros(0, u8), np.zeros(0, np.int64)
+        self.space = Space(data, data, stamps, stamps, stamps, FIRST, 0, 1 << 40)
         self.launches = 0
-        self._used = 0
         self._free: dict[int, list[int]] = {}  # size → places of buffers that nobody holds any more
 
     def upload(self, array: ArrayLike) -> "Buffer":
@@ -207,21 +183,15 @@ class Memory:
         size = 1 << (nbytes + ALIGNMENT).bit_length()
         places = self._free.setdefault(size, [])
         if not places:
-            self._grow(size)
+            places.append(self.space.size)
+            grown: list[Any] = [np.pad(array, (0, size)) for array in self.space[:3]]
+            data, state, writer = grown
+            self.space = self.space._replace(data=data, state=state, writer=writer, size=len(data))
         start = places.pop()
         self.space.state[start : start + nbytes] = UNWRITTEN
         buffer = Buffer(self, FIRST + start, nbytes)
         finalize(buffer, self._release, start, size).atexit = False
         return buffer
-
-    def _grow(self, size: int) -> None:
-        self._free[size].append(self._used)
-        self._used += size
-        if self._used > self.space.size:
-            grown, had = global_space(2 * self._used), self.space.size
-            grown.data[:had], grown.state[:had] = self.space.data, self.space.state
-            grown.writer[:had] = self.space.writer
-            self.space = grown
 
     def _release(self, start: int, size: int) -> None:
         self.space.state[start : start + size] = OUTSIDE
