@@ -202,5 +202,7 @@ class Text:
                     self.kernel.accumulators.setdefault(registers[name], (opcode, place))
         text, where = " ".join(text.split()), f"{line}{', ' * bool(self.source)}{self.source}"
         self.kernel.statements.append(
-            machine.Statement(guard or "", opcode, meaning(opcode), operands, registers, text, where)
+            machine.Statement(
+                guard or "", opcode, meaning(opcode, ", ".join(operands)), operands, registers, text, where
+            )
         )

@@ -26,32 +26,32 @@ from .formats import (
     u8,
     u32,
 )
-from .ptx_machine import DTYPES, EXITED, FENCED, WARP, WARPGROUP, Array, BadAccess, Batch, bits_in_type
+from .ptx_machine import DTYPES, EXITED, FENCED, WARP, WARPGROUP, Array, BadAccess, Batch
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
 f16, u16, u64, i64 = np.float16, np.uint16, np.uint64, np.int64
-RULES: dict[str, Callable[..., int | None]] = {}
+Rule = Callable[..., int | None]
+RULES: dict[str, tuple[str, Rule]] = {}  # patterns of opcode, and of operands; function
 
 
-def instruction(pattern: str) -> Callable:
-    """Use the function below for opcodes that match. It gets the batch, the operands and the groups; it
-    returns the number of the statement to go on with, if it is not the next one."""
-
-    def register(function: Callable) -> Callable:
-        RULES[pattern] = function
-        return function
-
-    return register
+def instruction(opcode: str, operands: str = ".*") -> Callable[[Rule], None]:
+    """Use the function below for what matches. It gets batch, operands and the named groups of the opcode;
+    it returns the number of the statement to go on with, if it is not the next one."""
+    return lambda function: RULES.update({opcode: (operands, function)})
 
 
 @cache
-def meaning(opcode: str) -> Callable[[Batch, list[str]], int | None] | None:
-    """None for an opcode or a modifier that is not known."""
-    for pattern, function in RULES.items():
+def rule(opcode: str) -> tuple[str, Rule | None]:
+    for pattern, (operands, function) in RULES.items():
         if match := re.fullmatch(pattern, opcode):
-            groups = match.groups()
-            return lambda batch, operands: function(batch, operands, *groups)
-    return None
+            return operands, partial(function, **match.groupdict())
+    return ".*", None
+
+
+def meaning(opcode: str, operands: str) -> Rule | None:
+    """A function of batch and operands; None for an opcode, a modifier or an operand that is not known."""
+    pattern, function = rule(opcode)
+    return function if re.fullmatch(pattern, operands) else None
 
 
 # Floating point: every result is the exact one, rounded once
@@ -171,7 +171,8 @@ def leading_zeros(a: Array) -> Array:
 
 # Opcode → types of the operands, and the function of arrays of the NumPy types that belong to them. t is the
 # type in the opcode. The result is stored as bits, extended if the register is longer.
-INTEGER, BITS = r"([su](?:16|32|64))", r"(b16|b32|b64|pred)"
+INTEGER, BITS = r"(?P<kind>[su](?:16|32|64))", r"(?P<kind>b16|b32|b64|pred)"
+ANY = r"(?P<kind>[bsuf](?:8|16|32|64)|pred)"
 ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"add\.{INTEGER}": ("t t", np.add),
     rf"sub\.{INTEGER}": ("t t", np.subtract),
@@ -182,14 +183,14 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"mul\.lo\.{INTEGER}": ("t t", np.multiply),
     rf"mad\.lo\.{INTEGER}": ("t t t", lambda a, b, c: a * b + c),
     r"mul\.hi\.u32": ("u32 u32", lambda a, b: (wide_product(a, b) >> u64(32)).astype(u32)),
-    r"mul\.wide\.([su]32)": ("t t", wide_product),
-    r"mad\.wide\.([su]32)": ("t t u64", lambda a, b, c: wide_product(a, b).view(u64) + c),
-    r"div\.(u32|u64)": ("t t", lambda a, b: np.where(b == 0, ~b, a // b)),  # by zero: as the hardware has it
+    r"mul\.wide\.(?P<kind>[su]32)": ("t t", wide_product),
+    r"mad\.wide\.(?P<kind>[su]32)": ("t t u64", lambda a, b, c: wide_product(a, b).view(u64) + c),
+    r"div\.(?P<kind>u32|u64)": ("t t", lambda a, b: np.where(b == 0, ~b, a // b)),  # by 0: as on hardware
     rf"and\.{BITS}": ("t t", np.bitwise_and),
     rf"or\.{BITS}": ("t t", np.bitwise_or),
     rf"xor\.{BITS}": ("t t", np.bitwise_xor),
     rf"not\.{BITS}": ("t", np.invert),
-    r"shl\.(b16|b32|b64)": ("t u32", partial(shift, np.left_shift)),
+    rf"shl\.{BITS}": ("t u32", partial(shift, np.left_shift)),
     rf"shr\.{INTEGER}": ("t u32", partial(shift, np.right_shift)),
     r"shf\.l\.wrap\.b32": ("b32 b32 u32", funnel_left),
     r"bfi\.b32": ("b32 b32 u32 u32", insert),
@@ -197,7 +198,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"brev\.b32": ("b32", reverse),
     r"clz\.b32": ("b32", leading_zeros),
     r"bfind\.shiftamt\.u32": ("u32", lambda a: np.where(a == 0, ~a, leading_zeros(a))),
-    r"selp\.([bsuf](?:16|32|64))": ("t t pred", select),
+    rf"selp\.{ANY}": ("t t pred", select),
     r"cvta(?:\.to)?\.(?:global|shared)\.u64": ("u64", np.positive),  # nothing here takes a generic address
     r"add\.rn\.f32": ("f32 f32", lambda a, b: one_nan(a + b)),
     r"add\.rp\.f32": ("f32 f32", lambda a, b: rounded(exact_sum(a.astype(f64), b.astype(f64)), "rp")),
@@ -216,7 +217,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"neg\.f32": ("b32", lambda a: a ^ SIGN),
     r"copysign\.f32": ("b32 b32", lambda a, b: a & SIGN | b & MAGNITUDE),
     r"cvt\.f32\.f16": ("f16", lambda a: one_nan(a.astype(f32))),
-    r"cvt\.rn\.f32\.(s32|s64)": ("t", lambda a: a.astype(f32)),
+    rf"cvt\.rn\.f32\.{INTEGER}": ("t", lambda a: a.astype(f32)),
     r"cvt\.rz\.f32\.s64": ("s64", float_of_s64),
     r"cvt\.rzi\.s32\.f32": ("f32", s32_of_float),
     r"cvt\.rn\.satfinite\.e2m1x2\.f32": ("b32 b32", partial(encoded, encode_e2m1_flat, 4)),
@@ -225,36 +226,35 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"setp\.nan\.f32": ("f32 f32", either_nan),
 }
 for _to in ("s16", "u16", "s32", "u32", "s64", "u64"):
-    ELEMENTWISE[rf"cvt\.{_to}\.([su](?:8|16|32|64))"] = ("t", partial(np.ndarray.astype, dtype=DTYPES[_to]))
+    ELEMENTWISE[rf"cvt\.{_to}\.{ANY}"] = ("t", partial(np.ndarray.astype, dtype=DTYPES[_to]))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _do = getattr(operator, _name)
-    ELEMENTWISE[rf"setp\.{_name}\.([bsu](?:16|32|64))"] = ("t t", _do)
+    ELEMENTWISE[rf"setp\.{_name}\.(?P<kind>[bsu](?:16|32|64))"] = ("t t", _do)
     # with NaN a comparison is false, and true with u, "or unordered"
     ELEMENTWISE[rf"setp\.{_name}\.f32"] = ("f32 f32", lambda a, b, do=_do: do(a, b) & ~either_nan(a, b))
     ELEMENTWISE[rf"setp\.{_name}u\.f32"] = ("f32 f32", lambda a, b, do=_do: do(a, b) | either_nan(a, b))
 
 
-def elementwise(sources: str, function: Callable[..., Array], batch: Batch, o: list[str], *kind: str) -> None:
-    kinds = [kind[0] if source == "t" else source for source in sources.split()]
-    if len(o) != 1 + len(kinds):
-        raise batch.unsupported(f"it takes {1 + len(kinds)} operands")
-    batch.set(o[0], function(*[batch.read(text, kind) for text, kind in zip(o[1:], kinds)]))
+def elementwise(sources: str, function: Callable, batch: Batch, o: list[str], kind: str = "") -> None:
+    kinds = [kind if source == "t" else source for source in sources.split()]
+    batch.set(o[0], function(*[batch.read(text, kind) for text, kind in zip(o[1:], kinds, strict=True)]))
 
 
-RULES |= {pattern: partial(elementwise, *entry) for pattern, entry in ELEMENTWISE.items()}
+RULES |= {pattern: (".*", partial(elementwise, *entry)) for pattern, entry in ELEMENTWISE.items()}
 
 
 # Registers and memory
 
 
-@instruction(r"mov\.([bsuf](?:16|32|64)|pred)")
+@instruction(rf"mov\.{ANY}")
 def _mov(batch: Batch, o: list[str], kind: str) -> None:
     """A copy; from or to {a, b, …}, the lowest bits first."""
     to, source = (text.count(",") + 1 for text in o)
     if to == source == 1:
         return batch.set(o[0], batch.read(o[1], kind))
-    whole = np.stack(batch.reads(o[1], f"b{bits_in_type(kind) // source}", source), axis=1)
-    set_columns(batch, o[0], whole.view(f"u{bits_in_type(kind) // 8 // to}"))
+    size = DTYPES[kind].itemsize
+    whole = np.stack(batch.reads(o[1], f"b{8 * size // source}", source), axis=1)
+    set_columns(batch, o[0], whole.view(f"u{size // to}"))
 
 
 def set_columns(batch: Batch, names: str, values: Array) -> None:
@@ -264,12 +264,12 @@ def set_columns(batch: Batch, names: str, values: Array) -> None:
         batch.set(name, column)
 
 
-@instruction(r"ld\.param\.([bsuf](?:32|64))")
+@instruction(rf"ld\.param\.{ANY}")
 def _ld_param(batch: Batch, o: list[str], kind: str) -> None:
     batch.set(o[0], batch.read(o[1].strip("[]"), kind))
 
 
-WHERE = r"(?:\.volatile)?\.(global|shared)(?:\.v([24]))?\.([bsuf](?:8|16|32|64))"
+WHERE = rf"(?:\.volatile)?\.(?P<space>global|shared)(?:\.v(?P<vector>[24]))?\.{ANY}"
 
 
 @instruction(rf"ld{WHERE}")
@@ -300,15 +300,12 @@ def _atom(batch: Batch, o: list[str]) -> None:
 # Copies from global to shared memory that arrive later
 
 
-@instruction(r"cp\.async\.(ca|cg)\.shared\.global(?:\.L2::128B)?")
-def _cp_async(batch: Batch, o: list[str], cache: str) -> None:
+@instruction(r"cp\.async\.c[ag]\.shared\.global(?:\.L2::128B)?", r".*\], (?:4|8|16)(?:, \S+)?")
+def _cp_async(batch: Batch, o: list[str]) -> None:
     """[to], [from], width {, bytes to read: the rest becomes zero}"""
     to, source = batch.addresses(o[0], "shared"), batch.addresses(o[1], "global")
     width, sizes = batch.number(o[2]), batch.read(o[-1], "u32")
-    if width not in ((16,) if cache == "cg" else (4, 8, 16)):
-        raise batch.unsupported(f".{cache} does not copy {width} bytes")
-    if (sizes > width).any():
-        batch.fail(BadAccess, batch.lanes[sizes.argmax()], f"copies {sizes.max()} bytes into {width}")
+    batch.stop(BadAccess, batch.lanes[sizes > width], f"copies more than {width} bytes into {width}")
     values = np.zeros((len(sizes), width), u8)
     for size in np.unique(sizes[sizes > 0]):
         chosen = sizes == size
@@ -337,8 +334,6 @@ def _wait(batch: Batch, o: list[str]) -> None:
 
 @instruction(r"bra(?:\.uni)?")
 def _bra(batch: Batch, o: list[str]) -> int:
-    if o[0] not in batch.launch.kernel.labels:
-        raise batch.unsupported(f"there is no label {o[0]}")
     return batch.launch.kernel.labels[o[0]]
 
 
@@ -347,10 +342,8 @@ def _exit(batch: Batch, o: list[str]) -> int:
     return EXITED
 
 
-@instruction(r"bar\.sync")
+@instruction(r"bar\.sync", r"\d+")  # more operands: for a part of the block
 def _bar(batch: Batch, o: list[str]) -> int:
-    if len(o) > 1:
-        raise batch.unsupported("a barrier for a part of the block is not modelled")
     batch.behind[batch.lanes] = batch.at + 1
     return EXITED
 
@@ -358,28 +351,27 @@ def _bar(batch: Batch, o: list[str]) -> int:
 # Warps
 
 
-@instruction(r"bar\.warp\.sync")
+@instruction(r"bar\.warp\.sync", "-1")  # all of the warp
 def _warp_sync(batch: Batch, o: list[str]) -> None:
-    batch.whole_warps(o[0])
     batch.warp_syncs[batch.lanes] += 1
     batch.stamp()
 
 
 def over_warps(combine: Any, kind: str, batch: Batch, o: list[str]) -> None:
     """d, a, member mask: d is the same for all of a warp."""
-    batch.whole_warps(o[2])
+    if (batch.read(o[2], "s32") != -1).any():
+        raise batch.unsupported("a member mask for a part of a warp is not modelled")
     batch.set(o[0], combine.reduce(batch.read(o[1], kind).reshape(-1, WARP), axis=1).repeat(WARP))
 
 
-RULES[r"vote\.sync\.any\.pred"] = partial(over_warps, np.logical_or, "pred")
-RULES[r"redux\.sync\.max\.u32"] = partial(over_warps, np.maximum, "u32")
-RULES[r"redux\.sync\.or\.b32"] = partial(over_warps, np.bitwise_or, "b32")
+instruction(r"vote\.sync\.any\.pred")(partial(over_warps, np.logical_or, "pred"))
+instruction(r"redux\.sync\.max\.u32")(partial(over_warps, np.maximum, "u32"))
+instruction(r"redux\.sync\.or\.b32")(partial(over_warps, np.bitwise_or, "b32"))
 
 
-@instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
+@instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])\.shared\.b16")
 def _ldmatrix(batch: Batch, o: list[str], count: str) -> None:
     """Lane 8j + i gives the address of row i of matrix j; lane 4g + t gets elements 2t, 2t + 1 of row g."""
-    batch.whole_warps()
     matrices = int(count)
     giving = np.arange(len(batch.lanes)).reshape(-1, WARP)[:, : 8 * matrices].ravel()
     rows = np.empty((len(giving), 16), u8)
@@ -394,20 +386,18 @@ def _ldmatrix(batch: Batch, o: list[str], count: str) -> None:
 
 def rows_of_a(registers: Array) -> Array:
     """Four over (warps, 8, 4) lanes, cut in pieces (4, warps, 8, 4, pieces) → (warps, 16, K)."""
-    _, w, g, t, cut = registers.shape  # register & 1: lower rows, >> 1: second half
-    halves = registers.reshape(2, 2, w, g, t, cut).transpose(2, 1, 3, 0, 4, 5)
-    return np.ascontiguousarray(halves).reshape(w, 16, -1)
+    halves = registers.reshape(2, 2, *registers.shape[1:])  # register & 1: lower rows, >> 1: second half
+    return halves.transpose(2, 1, 3, 0, 4, 5).reshape(registers.shape[1], 16, -1)
 
 
 def rows_of_b(registers: Array) -> Array:
     """(2, warps, 8, 4, pieces) → (warps, 8, K)"""
-    return np.ascontiguousarray(registers.transpose(1, 2, 0, 3, 4)).reshape(-1, 8, registers[:, 0, 0].size)
+    return registers.transpose(1, 2, 0, 3, 4).reshape(registers.shape[1], 8, -1)
 
 
 def matrix_of_c(registers: Array) -> Array:
     """(4, warps, 8, 4) → (warps, 16, 8). Register & 1: next column, >> 1: lower rows."""
-    parts = registers.reshape(2, 2, -1, 8, 4).transpose(2, 0, 3, 4, 1)
-    return np.ascontiguousarray(parts).reshape(-1, 16, 8)
+    return registers.reshape(2, 2, -1, 8, 4).transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)
 
 
 def registers_of_d(matrix: Array) -> Array:
@@ -440,13 +430,12 @@ def codes_in(registers: Array) -> Array:
 
 def mma(batch: Batch, o: list[str], cut: Callable[[Array], Array], multiply: Callable[..., Array]) -> None:
     """D, A, B, C: `multiply` gets A and B, their registers cut in pieces, and C."""
-    batch.whole_warps()
     a, b = rows_of_a(cut(over_lanes(batch, o[1], 4))), rows_of_b(cut(over_lanes(batch, o[2], 2)))
     d = multiply(a, b, matrix_of_c(over_lanes(batch, o[3], 4)).view(f32))
     set_columns(batch, o[0], registers_of_d(d))
 
 
-@instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16\.f16|bf16\.bf16)\.f32")
+@instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16\.f16|bf16\.bf16)\.f32")
 def _mma_half(batch: Batch, o: list[str], kind: str) -> None:
     widths, bits = (FP16, np.int16) if kind == "f16.f16" else (BF16, u16)
     mma(batch, o, halves_in, lambda a, b, c: half_warps(a.view(bits), b.view(bits), c, widths))
@@ -454,12 +443,11 @@ def _mma_half(batch: Batch, o: list[str], kind: str) -> None:
 
 @instruction(
     r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale\.scale_vec::4X"
-    r"\.f32\.e2m1\.e2m1\.f32\.ue4m3"
+    r"\.f32\.e2m1\.e2m1\.f32\.ue4m3",
+    r".*, \{0, 0\}, .*, \{0, 0\}",
 )
 def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
     """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}."""
-    if len(o) != 8 or [batch.names(selector, 2) for selector in o[5::2]] != [["0", "0"]] * 2:
-        raise batch.unsupported("it takes 8 operands, with byte and thread 0 for both scales")
     (of_a,), (of_b,) = over_lanes(batch, o[4], 1), over_lanes(batch, o[6], 1)
     scales = [x.view(u8).reshape(len(x), -1, 4) for x in (scales_of_a(of_a), scales_of_b(of_b))]
     mma(batch, o, codes_in, lambda a, b, c: nvfp4_warps(a, b, *scales, c))
@@ -471,27 +459,22 @@ def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
 
 @instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
 def _fence_proxy(batch: Batch, o: list[str]) -> None:
-    fencing = np.zeros(batch.size, bool)
-    fencing[batch.lanes] = True
-    watch.fence(batch.shared, fencing, batch.in_shared)
+    watch.fence(batch.shared, batch.active(), batch.in_shared)
 
 
 @instruction(r"wgmma\.fence\.sync\.aligned")
 def _wgmma_fence(batch: Batch, o: list[str]) -> None:
-    batch.whole_warpgroups()
     for last in batch.accumulators.values():
         last[batch.lanes] = np.maximum(last[batch.lanes], FENCED)
 
 
 @instruction(r"wgmma\.commit_group\.sync\.aligned")
 def _wgmma_commit(batch: Batch, o: list[str]) -> None:
-    batch.whole_warpgroups()
     batch.products.committed[batch.lanes] += 1
 
 
 @instruction(r"wgmma\.wait_group\.sync\.aligned")
 def _wgmma_wait(batch: Batch, o: list[str]) -> None:
-    batch.whole_warpgroups()
     shared, now = batch.shared, batch.in_shared | watch.SEVERAL_WARPS
     over = batch.products.wait(batch.lanes, batch.number(o[0]))
     watch.mark(shared, shared.reader, over, now, watch.VISIBLE)
@@ -518,15 +501,14 @@ def rows_in_shared(batch: Batch, descriptor: str, rows: int) -> Array:
     return halves.view(np.int16).reshape(-1, rows, 16)
 
 
-@instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.f16\.f16")
+@instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<columns>\d+)k16\.f32\.f16\.f16", ".*, 1, 1, 0, 0")
 def _wgmma(batch: Batch, o: list[str], columns: str) -> None:
-    """D, descriptors of A and B, whether D is added, 1, 1, 0, 0. Four warps have 16 rows of A and D each, and
-    multiply them with 8 rows of B at a time, as mma.m16n8k16 does. D is computed now; who uses it before the
-    wait is stopped."""
-    batch.whole_warpgroups()
+    """D, descriptors of A and B, whether D is added; 1, 1, 0, 0: neither negated nor transposed. Four warps
+    have 16 rows of A and D each, and multiply them with 8 rows of B at a time, as mma.m16n8k16 does. D is
+    computed now; who uses it before the wait is stopped."""
     n = int(columns)
-    if n not in range(8, 257, 8) or o[4:] != ["1", "1", "0", "0"]:
-        raise batch.unsupported("N is a multiple of 8 up to 256, operands are neither negated nor transposed")
+    if n not in range(8, 257, 8):
+        raise batch.unsupported("N is a multiple of 8 up to 256")
     names, added = batch.names(o[0], n // 2), batch.same(o[3], "pred").repeat(4)
     batch.accumulate(names)
     a = rows_in_shared(batch, o[1], 64).reshape(-1, 16, 16)

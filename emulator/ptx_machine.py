@@ -29,6 +29,8 @@ DTYPES = {"pred": np.dtype(bool), "f16": np.dtype(np.float16), "f32": np.dtype(f
 for _bits in (8, 16, 32, 64):
     DTYPES[f"s{_bits}"] = np.dtype(f"i{_bits // 8}")
     DTYPES[f"u{_bits}"] = DTYPES[f"b{_bits}"] = np.dtype(f"u{_bits // 8}")
+STORED = {kind: np.dtype(f"u{dtype.itemsize}") for kind, dtype in DTYPES.items()}  # as registers hold it
+STORED["pred"] = DTYPES["pred"]
 
 
 class PtxError(Exception):
@@ -57,6 +59,7 @@ class Divergence(PtxError):
 
 VERBS = ("reads", "writes", "updates", "copies to", "multiplies")  # in the order of ptx_memory
 UNFENCED = "and no fence.proxy.async of its own and barrier lie in between"
+STILL_READS = "a wgmma.mma_async still reads byte {byte} of it: no wgmma.wait_group came before"
 FINDINGS = {
     watch.OUT_OF_BOUNDS: (BadAccess, "byte {byte} of it is out of bounds"),
     watch.MISALIGNED: (BadAccess, "the address is not a multiple of {alignment}"),
@@ -65,10 +68,7 @@ FINDINGS = {
     watch.WAS_WRITTEN: (Race, "{other} wrote byte {byte} of it, and no barrier lies in between"),
     watch.WAS_READ: (Race, "{other} read byte {byte} of it, and no barrier lies in between"),
     watch.NOT_FENCED: (Race, "{other} wrote byte {byte} of it, " + UNFENCED),
-    watch.STILL_MULTIPLIED: (
-        Race,
-        "a wgmma.mma_async still reads byte {byte} of it: no wgmma.wait_group came before",
-    ),
+    watch.STILL_MULTIPLIED: (Race, STILL_READS),
 }
 
 
@@ -140,9 +140,9 @@ class Batch:
         self.barriers, self.warp_syncs = np.zeros((2, n), np.int64)  # so many were passed
         self.copies, self.products = Groups(n), Groups(n)  # cp.async; wgmma
         self.accumulators = {number: np.full(n, TOUCHED, np.int64) for number in kernel.accumulators}
-        unset = {kind: np.full(n, UNSET, stored(kind)) for kind in set(kernel.types)}
+        unset = {kind: np.full(n, UNSET, STORED[kind]) for kind in set(kernel.types)}
         self.registers = [unset[kind] for kind in kernel.types]
-        self.special: dict[str, Array] = {}
+        self.special = {name: np.full(n, bits, np.uint64) for name, bits in launch.symbols.items()}
         for name, sizes, number in (("tid", launch.block, self.thread), ("ctaid", launch.grid, self.block)):
             for axis, size, at in zip("xyz", sizes, coordinates(number, sizes)):
                 self.special |= {f"%{name}.{axis}": at, f"%n{name}.{axis}": np.full(n, size)}
@@ -174,7 +174,7 @@ class Batch:
             self.at, self.statement = at, self.launch.kernel.statements[at]
             self.steps += 1
             if self.steps > MOST_STEPS:
-                self.fail(PtxError, int(self.lanes[0]), f"still runs after {MOST_STEPS} instructions")
+                self.stop(PtxError, self.lanes, f"still runs after {MOST_STEPS} instructions")
             to = self.guarded() if self.statement.guard else self.execute()
             at = at + 1 if to is None else to
         if at != SPLIT:
@@ -183,11 +183,18 @@ class Batch:
     def execute(self) -> int | None:
         s = self.statement
         if s.function is None:
-            raise self.unsupported(f"{s.opcode} is an opcode, or has a modifier, that is not known here")
+            raise self.unsupported(f"{s.opcode} is an opcode, or has a modifier or operand, not known here")
         self.launch.executed[s.opcode] += len(self.lanes)
-        if self.accumulators and not s.opcode.startswith("wgmma"):
+        if s.opcode.startswith("wgmma"):
+            self.whole("warpgroup", WARPGROUP)
+        else:
             self.touch(self.accumulators.keys() & s.registers.values())
-        return s.function(self, s.operands)
+            if ".sync" in s.opcode and s.opcode != "bar.sync":
+                self.whole("warp", WARP)
+        try:
+            return s.function(self, s.operands)
+        except (KeyError, ValueError) as error:
+            raise self.unsupported(f"an operand is not understood: {error}") from error
 
     def guarded(self) -> int | None:
         """Run it in those active threads whose guard predicate holds."""
@@ -220,29 +227,21 @@ class Batch:
         """An operand as this type."""
         if text.startswith("!"):
             return ~self.read(text[1:], kind)
-        dtype = DTYPES[kind]
-        if text in self.special:
-            return self.special[text][self.lanes].astype(dtype)
-        if text not in self.statement.registers:
-            symbols = self.launch.symbols
-            bits = symbols[text] if text in symbols else self.number(text)
-            return np.full(len(self.lanes), bits & (1 << bits_in_type(kind)) - 1, stored(kind)).view(dtype)
-        number = self.statement.registers[text]
-        value = self.registers[number]
+        if text in self.statement.registers:
+            bits = self.registers[self.statement.registers[text]]
+            if bits.itemsize < DTYPES[kind].itemsize or (bits.dtype == bool) != (kind == "pred"):
+                raise self.unsupported(f"{text} is {bits.dtype}; .{kind} does not fit")
+        elif text in self.special:
+            bits = self.special[text]
+        else:
+            bits = np.full(self.size, self.number(text) & 2**64 - 1, np.uint64)
         if len(self.lanes) < self.size:
-            value = value[self.lanes]
-        if value.dtype == dtype:
-            return value
-        if value.itemsize < dtype.itemsize or bool in (value.dtype, dtype):
-            raise self.unsupported(f"{text} is .{self.launch.kernel.types[number]}; .{kind} does not fit")
-        return value.astype(stored(kind), copy=False).view(dtype)
+            bits = bits[self.lanes]
+        return bits.astype(STORED[kind], copy=False).view(DTYPES[kind])
 
     def number(self, text: str) -> int:
         """An integer, or the bits of a float32."""
-        try:
-            return int(text[2:], 16) if text[:2] in ("0f", "0F") else int(text.removesuffix("U"), 0)
-        except ValueError:
-            raise self.unsupported(f"{text} is not a register, a shared array or a number") from None
+        return int(text[2:], 16) if text[:2] in ("0f", "0F") else int(text.removesuffix("U"), 0)
 
     def addresses(self, text: str, space: str) -> Array:
         """[register + offset] or [array + offset]"""
@@ -250,17 +249,12 @@ class Batch:
         kind = "u32" if space == "shared" else "u64"
         return (self.read(base.strip(), kind) + self.read(offset.strip() or "0", kind)).astype(np.int64)
 
-    def register(self, name: str) -> int:
-        if name not in self.statement.registers:
-            raise self.unsupported(f"{name} is not a register")
-        return self.statement.registers[name]
-
     def set(self, name: str, value: Array) -> None:
         """A register's new value in the active threads; what is shorter is extended, by its sign if it has
         one. `_` takes what nobody wants."""
         if name == "_":
             return
-        number = self.register(name)
+        number = self.statement.registers[name]
         old = self.registers[number]
         bits = value.view(old.dtype) if value.itemsize == old.itemsize else value.astype(old.dtype)
         if len(self.lanes) < self.size:
@@ -270,54 +264,44 @@ class Batch:
 
     # Warps and barriers
 
-    def whole_warps(self, members: str = "-1") -> None:
-        """The active threads must be whole warps, and so must the member masks that they give."""
-        if (self.read(members, "b32") != 0xFFFFFFFF).any():
-            raise self.unsupported("a member mask for a part of a warp is not modelled")
-        self.whole("warp", WARP)
-
-    def whole_warpgroups(self) -> None:
-        if self.block_size % WARPGROUP:
-            raise self.unsupported(f"a block that is no multiple of {WARPGROUP} threads is not modelled")
-        self.whole("warpgroup", WARPGROUP)
-
-    def whole(self, name: str, size: int) -> None:
+    def active(self) -> Array:
+        """Of all threads, whether they run this instruction."""
         active = np.zeros(self.size, bool)
         active[self.lanes] = True
+        return active
+
+    def whole(self, name: str, size: int) -> None:
+        """The active threads must be whole warps, or warpgroups."""
+        if self.block_size % size:
+            raise self.unsupported(f"a block that is no multiple of {size} threads is not modelled")
+        active = self.active()
         missing = active.reshape(-1, size).any(axis=1).repeat(size) & ~active
-        if missing.any():
-            self.fail(Divergence, int(missing.argmax()), f"is not there, and its whole {name} must be")
+        self.stop(Divergence, np.flatnonzero(missing), f"is not there, and its whole {name} must be")
 
     def same(self, text: str, kind: str) -> Array:
         """An operand that must be the same in all of a warpgroup: (warpgroups,)."""
         values = self.read(text, kind).reshape(-1, WARPGROUP)
-        others = (values != values[:, :1]).ravel()
-        if others.any():
-            what = f"has another {text} than its warpgroup, and it must be the same"
-            self.fail(Divergence, int(self.lanes[others.argmax()]), what)
+        others = self.lanes[(values != values[:, :1]).ravel()]
+        self.stop(Divergence, others, f"has another {text} than its warpgroup, and it must be the same")
         return values[:, 0]
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Other instructions than wgmma use these accumulators."""
         for number in numbers:
-            last = self.accumulators[number]
-            computed = last[self.lanes] >= self.products.done[self.lanes]
-            if computed.any():
-                what = "uses what a wgmma.mma_async still computes: no wgmma.wait_group came before"
-                self.fail(Uninitialized, int(self.lanes[computed.argmax()]), what)
+            last, done = self.accumulators[number], self.products.done
+            what = "uses what a wgmma.mma_async still computes: no wgmma.wait_group came before"
+            self.stop(Uninitialized, self.lanes[last[self.lanes] >= done[self.lanes]], what)
             last[self.lanes] = TOUCHED
 
     def accumulate(self, names: list[str]) -> None:
         """A wgmma adds to these registers."""
         for place, name in enumerate(names):
-            number = self.register(name)
+            number = self.statement.registers[name]
             if self.launch.kernel.accumulators[number] != (self.statement.opcode, place):
                 raise self.unsupported(f"{name} is one of another shape or place in D elsewhere")
             last = self.accumulators[number]
-            touched = last[self.lanes] == TOUCHED
-            if touched.any():
-                what = f"adds to {name}, which others used before, and no wgmma.fence lies in between"
-                self.fail(Race, int(self.lanes[touched.argmax()]), what)
+            what = f"adds to {name}, which others used before, and no wgmma.fence lies in between"
+            self.stop(Race, self.lanes[last[self.lanes] == TOUCHED], what)
             last[self.lanes] = self.products.committed[self.lanes]
 
     def release(self) -> bool:
@@ -329,13 +313,13 @@ class Batch:
         first = np.where(waiting, self.behind, EXITED).reshape(-1, self.block_size).min(axis=1)
         apart = waiting & (self.behind != first.repeat(self.block_size))
         gone = waiting.reshape(-1, WARP).any(axis=1).repeat(WARP) & self.exists & ~waiting
-        for thread in np.flatnonzero(apart | gone).tolist():
+        for thread in np.flatnonzero(apart | gone)[:1]:
             self.at = int(first[thread // self.block_size]) - 1
-            if gone[thread]:
-                self.fail(Divergence, thread, "has exited, and others of its warp wait at a barrier")
             other = self.launch.kernel.statements[self.behind[thread] - 1]
             what = f"waits at another barrier than others of its block, PTX line {other.place}"
-            self.fail(Divergence, thread, what)
+            if gone[thread]:
+                what = "has exited, and others of its warp wait at a barrier"
+            self.stop(Divergence, np.array([thread]), what)
         self.pc[waiting], self.behind[:] = self.behind[waiting], 0
         self.barriers[waiting] += 1
         self.stamp()
@@ -361,27 +345,20 @@ class Batch:
         kind, reason = FINDINGS[finding]
         reason = reason.format(byte=byte, alignment=alignment, other=other)
         what = f"{VERBS[how]} {width} bytes of {space} memory at {int(addresses[i]):#x}, but {reason}"
-        self.fail(kind, int(lanes[i]), what)
+        self.stop(kind, lanes[i:], what)
 
     def where(self) -> str:
         s = self.launch.kernel.statements[self.at]
         return f"{self.launch.kernel.name}, PTX line {s.place}: {s.text}"
 
-    def fail(self, kind: type[PtxError], thread: int, what: str) -> None:
-        t = coordinates(int(self.thread[thread]), self.launch.block)
-        b = coordinates(int(self.block[thread]), self.launch.grid)
-        raise kind(f"{self.where()}\nThread {t} of block {b}, lane {thread % WARP} of its warp, {what}.")
+    def stop(self, kind: type[PtxError], threads: Array, what: str) -> None:
+        """If there are such threads, for the first of them."""
+        for thread in threads[:1].tolist():
+            t = coordinates(int(self.thread[thread]), self.launch.block)
+            b = coordinates(int(self.block[thread]), self.launch.grid)
+            raise kind(f"{self.where()}\nThread {t} of block {b}, lane {thread % WARP} of its warp, {what}.")
 
 
 def coordinates(number: Any, size: Dim) -> tuple[Any, Any, Any]:
     x, y, _ = size
     return number % x, number // x % y, number // (x * y)
-
-
-def bits_in_type(kind: str) -> int:
-    return 1 if kind == "pred" else DTYPES[kind].itemsize * 8
-
-
-def stored(kind: str) -> np.dtype:
-    """How a register of this type is held: its bits, or truth values."""
-    return DTYPES["pred" if kind == "pred" else f"b{bits_in_type(kind)}"]
