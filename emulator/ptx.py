@@ -20,18 +20,18 @@ halves are those of Hopper.
 
 import re
 from collections import ChainMap, Counter
-from collections.abc import Sequence
 from math import prod
 
 import numpy as np
 
 from . import ptx_machine as machine
 from .ptx_instructions import meaning
-from .ptx_machine import BadAccess, Divergence, PtxError, Race, Uninitialized, Unsupported
+from .ptx_machine import BadAccess, Dim, Divergence, Kernel, PtxError, Race, Uninitialized, Unsupported
 from .ptx_memory import Buffer, Memory
 
 __all__ = ["BadAccess", "Divergence", "Memory", "Module", "PtxError", "Race", "Uninitialized", "Unsupported"]
 MOST_BLOCKS, MOST_THREADS = (2**31 - 1, 2**16 - 1, 2**16 - 1), (1024, 1024, 64)
+Argument = Buffer | np.generic
 THREADS_AT_ONCE = 4096  # so many, or one block, share the cost of a step
 
 
@@ -44,13 +44,7 @@ class Module:
         self.executed: dict[str, Counter[str]] = {}  # kernel → opcode → by how many threads it ran
 
     def launch(
-        self,
-        kernel: str,
-        grid: machine.Dim,
-        block: machine.Dim,
-        args: Sequence[Buffer | np.generic],
-        memory: Memory,
-        shared_bytes: int = 0,
+        self, kernel: str, grid: Dim, block: Dim, args: list[Argument], memory: Memory, shared_bytes: int = 0
     ) -> None:
         """Run a kernel to its end, on `memory`; `shared_bytes` is the length of extern shared arrays.
 
@@ -88,7 +82,7 @@ def placed(arrays: dict[str, tuple[int, int]], shared_bytes: int) -> dict[str, s
     return places
 
 
-def arguments(kernel: machine.Kernel, args: Sequence[Buffer | np.generic]) -> dict[str, int]:
+def arguments(kernel: Kernel, args: list[Argument]) -> dict[str, int]:
     """Their bits, by the names of the parameters."""
     if len(args) != len(kernel.parameters):
         raise ValueError(f"args has {len(args)} entries; {kernel.name} takes {len(kernel.parameters)}.")
@@ -125,9 +119,8 @@ class Text:
     """What a PTX text holds."""
 
     def __init__(self, text: str) -> None:
-        self.kernels: dict[str, machine.Kernel] = {}
-        self.kernel: machine.Kernel | None = None  # whose body is read
-        self.shared: dict[str, tuple[int, int]] = {}  # arrays that no kernel declares: alignment, bytes
+        self.kernels: dict[str, Kernel] = {}
+        self.outside = self.kernel = Kernel("", {}, {})  # whose body is read
         self.names: ChainMap[str, int] = ChainMap()  # of registers, one map for each brace around
         self.source = ""
         self.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]*)"', text, re.MULTILINE))
@@ -147,14 +140,14 @@ class Text:
             self.names = self.names.new_child()
         elif match["brace"]:
             self.names = self.names.parents
-            if self.kernel and len(self.names.maps) == 1:
+            if len(self.names.maps) == 1:
                 self.instruction("exit", line)
-                self.kernel = None
-        elif match["label"] and self.kernel:
+                self.kernel = self.outside
+        elif match["label"]:
             if match["label"] in self.kernel.labels:
                 raise Unsupported(f"PTX line {line}: a second label {match['label']}.")
             self.kernel.labels[match["label"]] = len(self.kernel.statements)
-        elif match["most_threads"] and self.kernel:
+        elif match["most_threads"]:
             self.kernel.most_threads = prod(map(int, match["most_threads"].split(",")))
         elif match["source"]:
             places = re.findall(r"(?:^|inlined_at)\s+(\d+)\s+(\d+)", match["source"])
@@ -168,41 +161,29 @@ class Text:
         types = {name: kind.strip(".") for _, kind, *_, name in words}
         if unknown := set(types.values()) - machine.DTYPES.keys():
             raise Unsupported(f"{name}: a parameter of type {unknown} is neither a number nor a pointer.")
-        self.kernel = self.kernels[name] = machine.Kernel(name, types, self.shared.copy())
+        self.kernel = self.kernels[name] = Kernel(name, types, self.outside.arrays.copy())
 
     def statement(self, text: str, line: int) -> None:
         if match := SHARED.fullmatch(text):
-            arrays = self.kernel.arrays if self.kernel else self.shared
-            arrays[match[2]] = int(match[1]), int(match[3] or 0)
-        elif self.kernel is None:
-            if not text.startswith(".global"):  # constants: NVRTC has put their values into the code
-                raise Unsupported(f"PTX line {line}: {text!r} is not understood.")
+            self.kernel.arrays[match[2]] = int(match[1]), int(match[3] or 0)
         elif match := re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.DOTALL):
-            self.declare(self.kernel.types, match[1], match[2])
-        elif not text.startswith(".pragma"):
+            for name, count in re.findall(rf"({NAME})(?:<(\d+)>)?", match[2]):  # %r<9>, x
+                for each in [f"{name}{i}" for i in range(int(count))] if count else [name]:
+                    self.names[each] = len(self.kernel.types)
+                    self.kernel.types.append(match[1])
+        elif not text.startswith((".pragma", ".global")):  # constants: their values are in the code
             self.instruction(text, line)
-
-    def declare(self, types: list[str], kind: str, names: str) -> None:
-        """.reg .b32 %r<9>, x;"""
-        for name, count in re.findall(rf"({NAME})(?:<(\d+)>)?", names):
-            for each in [f"{name}{i}" for i in range(int(count))] if count else [name]:
-                self.names[each] = len(types)
-                types.append(kind)
 
     def instruction(self, text: str, line: int) -> None:
         match = INSTRUCTION.fullmatch(text)
-        if self.kernel is None or match is None:
+        if self.kernel is self.outside or match is None:
             raise Unsupported(f"PTX line {line}: {text!r} is no instruction.")
-        guard, opcode, rest = match.groups()
-        operands = [operand.strip() for operand in re.findall(OPERAND, rest)]
+        guard, opcode, rest = match.groups(default="")
+        o = [operand.strip() for operand in re.findall(OPERAND, rest)]
         registers = {name: self.names[name] for name in re.findall(NAME, text) if name in self.names}
         if opcode.startswith("wgmma.mma_async"):
-            for place, name in enumerate(re.findall(NAME, operands[0])):
-                if name in registers:
-                    self.kernel.accumulators.setdefault(registers[name], (opcode, place))
-        text, where = " ".join(text.split()), f"{line}{', ' * bool(self.source)}{self.source}"
-        self.kernel.statements.append(
-            machine.Statement(
-                guard or "", opcode, meaning(opcode, ", ".join(operands)), operands, registers, text, where
-            )
-        )
+            of_d = enumerate(re.findall(NAME, o[0]))
+            self.kernel.accumulators |= {registers[n]: (opcode, i) for i, n in of_d if n in registers}
+        where, function = ", ".join(filter(None, [str(line), self.source])), meaning(opcode, ", ".join(o))
+        text = " ".join(text.split())
+        self.kernel.statements.append(machine.Statement(guard, opcode, function, o, registers, text, where))

@@ -313,19 +313,19 @@ def _cp_async(batch: Batch, o: list[str]) -> None:
         batch.access(watch.READ, "global", batch.lanes[chosen], source[chosen], part, width)
         values[chosen, :size] = part
     batch.access(watch.COPY, "shared", batch.lanes, to, values)
-    batch.copies.issue(batch.lanes, to, width)
+    batch.groups["cp.async"].issue(batch.lanes, to, width)
 
 
-@instruction(r"cp\.async\.commit_group")
-def _commit(batch: Batch, o: list[str]) -> None:
-    batch.copies.committed[batch.lanes] += 1
+@instruction(r"(?P<what>cp\.async|wgmma)\.commit_group(?:\.sync\.aligned)?")
+def _commit(batch: Batch, o: list[str], what: str) -> None:
+    batch.groups[what].committed[batch.lanes] += 1
 
 
 @instruction(r"cp\.async\.wait_group")
 def _wait(batch: Batch, o: list[str]) -> None:
     """All but the last groups, as many as the operand says, have arrived: for their own threads; for others
     after a barrier."""
-    arrived = batch.copies.wait(batch.lanes, batch.number(o[0]))
+    arrived = batch.groups["cp.async"].wait(batch.lanes, batch.number(o[0]))
     watch.mark(batch.shared, batch.shared.writer, arrived, batch.in_shared, watch.WRITTEN)
 
 
@@ -468,17 +468,12 @@ def _wgmma_fence(batch: Batch, o: list[str]) -> None:
         last[batch.lanes] = np.maximum(last[batch.lanes], FENCED)
 
 
-@instruction(r"wgmma\.commit_group\.sync\.aligned")
-def _wgmma_commit(batch: Batch, o: list[str]) -> None:
-    batch.products.committed[batch.lanes] += 1
-
-
 @instruction(r"wgmma\.wait_group\.sync\.aligned")
 def _wgmma_wait(batch: Batch, o: list[str]) -> None:
     shared, now = batch.shared, batch.in_shared | watch.SEVERAL_WARPS
-    over = batch.products.wait(batch.lanes, batch.number(o[0]))
+    over = batch.groups["wgmma"].wait(batch.lanes, batch.number(o[0]))
     watch.mark(shared, shared.reader, over, now, watch.VISIBLE)
-    for others in batch.products.in_flight:  # they may read the same bytes
+    for others in batch.groups["wgmma"].in_flight:  # they may read the same bytes
         watch.mark(shared, shared.reader, others, now, watch.MULTIPLIED)
 
 
@@ -497,7 +492,7 @@ def rows_in_shared(batch: Batch, descriptor: str, rows: int) -> Array:
     where, lanes = (plain ^ (plain >> 7 & 7) << 4).ravel(), batch.lanes[::WARPGROUP].repeat(2 * rows)
     halves = np.empty((len(where), 16), u8)
     batch.access(watch.MULTIPLY, "shared", lanes, where, halves)
-    batch.products.issue(lanes, where, 16)
+    batch.groups["wgmma"].issue(lanes, where, 16)
     return halves.view(np.int16).reshape(-1, rows, 16)
 
 

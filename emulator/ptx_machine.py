@@ -138,7 +138,7 @@ class Batch:
         self.pc = np.where(self.exists, 0, EXITED)
         self.behind = np.zeros(n, np.int64)  # where a thread goes on that waits at a barrier of the block
         self.barriers, self.warp_syncs = np.zeros((2, n), np.int64)  # so many were passed
-        self.copies, self.products = Groups(n), Groups(n)  # cp.async; wgmma
+        self.groups = {"cp.async": Groups(n), "wgmma": Groups(n)}
         self.accumulators = {number: np.full(n, TOUCHED, np.int64) for number in kernel.accumulators}
         unset = {kind: np.full(n, UNSET, STORED[kind]) for kind in set(kernel.types)}
         self.registers = [unset[kind] for kind in kernel.types]
@@ -288,7 +288,7 @@ class Batch:
     def touch(self, numbers: Iterable[int]) -> None:
         """Other instructions than wgmma use these accumulators."""
         for number in numbers:
-            last, done = self.accumulators[number], self.products.done
+            last, done = self.accumulators[number], self.groups["wgmma"].done
             what = "uses what a wgmma.mma_async still computes: no wgmma.wait_group came before"
             self.stop(Uninitialized, self.lanes[last[self.lanes] >= done[self.lanes]], what)
             last[self.lanes] = TOUCHED
@@ -302,7 +302,7 @@ class Batch:
             last = self.accumulators[number]
             what = f"adds to {name}, which others used before, and no wgmma.fence lies in between"
             self.stop(Race, self.lanes[last[self.lanes] == TOUCHED], what)
-            last[self.lanes] = self.products.committed[self.lanes]
+            last[self.lanes] = self.groups["wgmma"].committed[self.lanes]
 
     def release(self) -> bool:
         """Nobody can run: open the barriers at which whole blocks wait, if one waits. All must wait at the

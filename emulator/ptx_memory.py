@@ -46,7 +46,7 @@ def shared_space(size: int, blocks: int, threads: int) -> Space:
 
 # A stamp says who and when: thread in the block, flags, barriers that its warp and its block have passed. In
 # global memory, where blocks are compared, number of the block and of the launch.
-THREAD, WARP_BITS = 1023, 5
+THREAD, OF_WARP = 0x3FF, 0x3E0
 SEVERAL_THREADS, SEVERAL_WARPS = 1 << 10, 1 << 11
 WARP_SYNCS_AT, BARRIERS_AT = 12, 38
 BLOCK, LAUNCH_AT, GLOBAL = (1 << 40) - 1, 40, 1 << 62
@@ -57,11 +57,6 @@ def stamps(thread: Indices, warp_syncs: Indices, barriers: Indices) -> Stamps:
 
 
 @helper
-def one_warp(old: int, now: int) -> bool:
-    return (old & THREAD) >> WARP_BITS == (now & THREAD) >> WARP_BITS
-
-
-@helper
 def unordered(old: int, now: int) -> bool:
     """Whether `old`, or an access joined to it, is another thread's with no barrier before `now`; in global
     memory another block's of the same launch."""
@@ -69,7 +64,7 @@ def unordered(old: int, now: int) -> bool:
         return old != now and old >> LAUNCH_AT == now >> LAUNCH_AT
     if old >> BARRIERS_AT != now >> BARRIERS_AT:
         return False
-    if (old | now) & SEVERAL_WARPS or not one_warp(old, now):
+    if (old | now) & SEVERAL_WARPS or (old ^ now) & OF_WARP:
         return True
     if old >> WARP_SYNCS_AT != now >> WARP_SYNCS_AT:
         return False
@@ -81,7 +76,7 @@ def joined(old: int, now: int) -> int:
     """One stamp for the accesses under `old` that still matter, and one more."""
     if now & GLOBAL or not unordered(old, now):
         return now
-    return old | (SEVERAL_THREADS if one_warp(old, now) else SEVERAL_WARPS)
+    return old | (SEVERAL_WARPS if (old ^ now) & OF_WARP else SEVERAL_THREADS)
 
 
 @helper
@@ -174,7 +169,7 @@ class Memory:
         if not array.flags.c_contiguous:
             raise ValueError(f"array has strides {array.strides}; upload np.ascontiguousarray(array).")
         buffer = self.empty(array.nbytes)
-        part = slice(buffer.address - FIRST, buffer.address - FIRST + array.nbytes)
+        part = slice(buffer.start, buffer.start + array.nbytes)
         self.space.data[part], self.space.state[part] = array.reshape(-1).view(u8), WRITTEN
         return buffer
 
@@ -189,7 +184,7 @@ class Memory:
             self.space = self.space._replace(data=data, state=state, writer=writer, size=len(data))
         start = places.pop()
         self.space.state[start : start + nbytes] = UNWRITTEN
-        buffer = Buffer(self, FIRST + start, nbytes)
+        buffer = Buffer(self, start, nbytes)
         finalize(buffer, self._release, start, size).atexit = False
         return buffer
 
@@ -201,21 +196,20 @@ class Memory:
 class Buffer:
     """Some bytes of a Memory, its own as long as this object lives."""
 
-    def __init__(self, memory: Memory, address: int, nbytes: int) -> None:
-        self.memory, self.address, self.nbytes = memory, address, nbytes
+    def __init__(self, memory: Memory, start: int, nbytes: int) -> None:
+        self.memory, self.start, self.nbytes, self.address = memory, start, nbytes, FIRST + start
 
     def download(self, dtype: Any, shape: int | tuple[int, ...]) -> NDArray[Any]:
         """The first bytes as an array. Raises ValueError if they are too few, or one was never written."""
-        needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        kind = np.dtype(dtype)
+        needed = int(np.prod(shape)) * kind.itemsize
         if needed > self.nbytes:
-            raise ValueError(
-                f"shape {shape} of {np.dtype(dtype)} takes {needed} bytes and the buffer has {self.nbytes}."
-            )
-        part = slice(self.address - FIRST, self.address - FIRST + needed)
+            raise ValueError(f"{shape} of {kind} takes {needed} bytes and the buffer has {self.nbytes}.")
+        part = slice(self.start, self.start + needed)
         unwritten = np.flatnonzero(self.memory.space.state[part] != WRITTEN)
         if len(unwritten):
             raise ValueError(
                 f"{len(unwritten)} of {needed} bytes were never written, the first is byte {unwritten[0]} of "
                 f"the buffer. A kernel that writes all of them must run first."
             )
-        return self.memory.space.data[part].view(dtype).reshape(shape).copy()
+        return self.memory.space.data[part].view(kind).reshape(shape).copy()

@@ -442,7 +442,7 @@ FIRST = STEPS["first"]
         ({"first": FIRST.replace("{{{d}}}", "{{d0, d1}}")}, "must be 4 operands"),
         (
             {"first": FIRST.replace("{{{d}}}", "{{d1, d0, d2, d3}}")},
-            "d0 is one of another shape or place in D",
+            "is one of another shape or place in D",
         ),
         ({"first": FIRST.replace("{{{d}}}", "{{d0, 0, d2, d3}}")}, "an operand is not understood: '0'"),
         (
