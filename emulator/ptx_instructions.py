@@ -13,19 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from . import formats
 from . import ptx_memory as watch
-from .formats import (
-    MAGNITUDE,
-    NAN,
-    SIGN,
-    decode_e4m3_flat,
-    encode_e2m1_flat,
-    encode_e4m3_flat,
-    f32,
-    f64,
-    u8,
-    u32,
-)
+from .formats import MAGNITUDE, NAN, SIGN, f32, f64, u8, u32
 from .ptx_machine import DTYPES, EXITED, FENCED, WARP, WARPGROUP, Array, BadAccess, Batch
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
@@ -120,7 +110,7 @@ def encoded(encode: Callable, bits: int, high: Array, low: Array) -> Array:
 def halves_of_e4m3(codes: Array) -> Array:
     """Two codes → two fp16 numbers, exact."""
     values = np.empty(2 * len(codes), f32)
-    decode_e4m3_flat(codes.view(u8), values)
+    formats.decode_e4m3_flat(codes.view(u8), values)
     return one_nan(values.astype(f16)).view(u32)
 
 
@@ -161,8 +151,7 @@ def permute(a: Array, b: Array, selectors: Array) -> Array:
 
 
 def reverse(a: Array) -> Array:
-    bits = np.unpackbits(a.view(u8).reshape(-1, 4), axis=1, bitorder="little")
-    return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(u32)[:, 0]
+    return np.packbits(np.unpackbits(a.byteswap().view(u8)), bitorder="little").view(u32)
 
 
 def leading_zeros(a: Array) -> Array:
@@ -220,8 +209,8 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"cvt\.rn\.f32\.{INTEGER}": ("t", lambda a: a.astype(f32)),
     r"cvt\.rz\.f32\.s64": ("s64", float_of_s64),
     r"cvt\.rzi\.s32\.f32": ("f32", s32_of_float),
-    r"cvt\.rn\.satfinite\.e2m1x2\.f32": ("b32 b32", partial(encoded, encode_e2m1_flat, 4)),
-    r"cvt\.rn\.satfinite\.e4m3x2\.f32": ("b32 b32", partial(encoded, encode_e4m3_flat, 8)),
+    r"cvt\.rn\.satfinite\.e2m1x2\.f32": ("b32 b32", partial(encoded, formats.encode_e2m1_flat, 4)),
+    r"cvt\.rn\.satfinite\.e4m3x2\.f32": ("b32 b32", partial(encoded, formats.encode_e4m3_flat, 8)),
     r"cvt\.rn\.f16x2\.e4m3x2": ("b16", halves_of_e4m3),
     r"setp\.nan\.f32": ("f32 f32", either_nan),
 }
@@ -246,12 +235,12 @@ RULES |= {pattern: (".*", partial(elementwise, *entry)) for pattern, entry in EL
 # Registers and memory
 
 
-@instruction(rf"mov\.{ANY}")
+@instruction(rf"(?:mov|ld\.param)\.{ANY}")
 def _mov(batch: Batch, o: list[str], kind: str) -> None:
-    """A copy; from or to {a, b, …}, the lowest bits first."""
+    """A copy; of a [parameter], or from or to {a, b, …}, the lowest bits first."""
     to, source = (text.count(",") + 1 for text in o)
     if to == source == 1:
-        return batch.set(o[0], batch.read(o[1], kind))
+        return batch.set(o[0], batch.read(o[1].strip("[]"), kind))
     size = DTYPES[kind].itemsize
     whole = np.stack(batch.reads(o[1], f"b{8 * size // source}", source), axis=1)
     set_columns(batch, o[0], whole.view(f"u{size // to}"))
@@ -262,11 +251,6 @@ def set_columns(batch: Batch, names: str, values: Array) -> None:
     columns = np.ascontiguousarray(values.T)
     for name, column in zip(batch.names(names, len(columns)), columns):
         batch.set(name, column)
-
-
-@instruction(rf"ld\.param\.{ANY}")
-def _ld_param(batch: Batch, o: list[str], kind: str) -> None:
-    batch.set(o[0], batch.read(o[1].strip("[]"), kind))
 
 
 WHERE = rf"(?:\.volatile)?\.(?P<space>global|shared)(?:\.v(?P<vector>[24]))?\.{ANY}"
@@ -332,14 +316,8 @@ def _wait(batch: Batch, o: list[str]) -> None:
 # Where to go on
 
 
-@instruction(r"bra(?:\.uni)?")
-def _bra(batch: Batch, o: list[str]) -> int:
-    return batch.launch.kernel.labels[o[0]]
-
-
-@instruction(r"ret|exit")
-def _exit(batch: Batch, o: list[str]) -> int:
-    return EXITED
+instruction(r"bra(?:\.uni)?")(lambda batch, o: batch.launch.kernel.labels[o[0]])
+instruction(r"ret|exit")(lambda batch, o: EXITED)
 
 
 @instruction(r"bar\.sync", r"\d+")  # more operands: for a part of the block
@@ -420,25 +398,22 @@ def over_lanes(batch: Batch, text: str, count: int) -> Array:
     return np.stack(batch.reads(text, "b32", count)).reshape(count, -1, 8, 4)
 
 
-def halves_in(registers: Array) -> Array:
-    return registers.view(u16).reshape(*registers.shape, 2)
+def cut(registers: Array, bits: int) -> Array:
+    """Pieces of so many bits, along a new axis."""
+    return registers[..., None] >> np.arange(0, 32, bits, dtype=u32) & u32(2**bits - 1)
 
 
-def codes_in(registers: Array) -> Array:
-    return (registers[..., None] >> np.arange(0, 32, 4, dtype=u32) & u32(15)).astype(u8)
-
-
-def mma(batch: Batch, o: list[str], cut: Callable[[Array], Array], multiply: Callable[..., Array]) -> None:
-    """D, A, B, C: `multiply` gets A and B, their registers cut in pieces, and C."""
-    a, b = rows_of_a(cut(over_lanes(batch, o[1], 4))), rows_of_b(cut(over_lanes(batch, o[2], 2)))
+def mma(batch: Batch, o: list[str], bits: int, multiply: Callable[..., Array]) -> None:
+    """D, A, B, C: `multiply` gets A and B, elements of so many bits, and C."""
+    a, b = rows_of_a(cut(over_lanes(batch, o[1], 4), bits)), rows_of_b(cut(over_lanes(batch, o[2], 2), bits))
     d = multiply(a, b, matrix_of_c(over_lanes(batch, o[3], 4)).view(f32))
     set_columns(batch, o[0], registers_of_d(d))
 
 
 @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(?P<kind>f16\.f16|bf16\.bf16)\.f32")
 def _mma_half(batch: Batch, o: list[str], kind: str) -> None:
-    widths, bits = (FP16, np.int16) if kind == "f16.f16" else (BF16, u16)
-    mma(batch, o, halves_in, lambda a, b, c: half_warps(a.view(bits), b.view(bits), c, widths))
+    widths, half = (FP16, np.int16) if kind == "f16.f16" else (BF16, u16)
+    mma(batch, o, 16, lambda a, b, c: half_warps(a.astype(half), b.astype(half), c, widths))
 
 
 @instruction(
@@ -450,16 +425,16 @@ def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
     """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}."""
     (of_a,), (of_b,) = over_lanes(batch, o[4], 1), over_lanes(batch, o[6], 1)
     scales = [x.view(u8).reshape(len(x), -1, 4) for x in (scales_of_a(of_a), scales_of_b(of_b))]
-    mma(batch, o, codes_in, lambda a, b, c: nvfp4_warps(a, b, *scales, c))
+    mma(batch, o, 4, lambda a, b, c: nvfp4_warps(a.astype(u8), b.astype(u8), *scales, c))
 
 
 # Tensor cores that read shared memory, and go on beside the threads. PTX ISA, Asynchronous Warpgroup Level
 # Matrix Multiply-Accumulate Instructions.
 
 
-@instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
-def _fence_proxy(batch: Batch, o: list[str]) -> None:
-    watch.fence(batch.shared, batch.active(), batch.in_shared)
+instruction(r"fence\.proxy\.async(?:\.shared::cta)?")(
+    lambda batch, o: watch.fence(batch.shared, batch.active(), batch.in_shared)
+)
 
 
 @instruction(r"wgmma\.fence\.sync\.aligned")

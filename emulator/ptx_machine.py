@@ -159,14 +159,12 @@ class Batch:
 
     def run(self) -> None:
         """Until every thread has exited."""
-        while True:
-            while (at := int(self.pc.min())) < EXITED:
-                self.go_on(at)
-            if not self.release():
-                return
+        while self.pc.min() < EXITED or self.release():
+            self.go_on()
 
-    def go_on(self, at: int) -> None:
-        """The threads at this statement, until they part or come to one at which others are."""
+    def go_on(self) -> None:
+        """The threads at the first statement, until they part or come to one at which others are."""
+        at = int(self.pc.min())
         here = self.pc == at
         self.lanes = np.flatnonzero(here)  # the active threads
         stop = int(self.pc[~here].min(initial=EXITED))
@@ -254,6 +252,7 @@ class Batch:
         one. `_` takes what nobody wants."""
         if name == "_":
             return
+        assert value.shape == self.lanes.shape
         number = self.statement.registers[name]
         old = self.registers[number]
         bits = value.view(old.dtype) if value.itemsize == old.itemsize else value.astype(old.dtype)
