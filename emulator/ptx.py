@@ -11,11 +11,11 @@ tensor cores are those of the emulator. What stops a kernel is a PtxError: Unsup
 Uninitialized, Race or Divergence.
 
 Not modelled, so refused: every opcode that NVRTC does not emit for gpu/cuda, such as double precision, local
-and constant memory, generic addresses; barriers and warp instructions for a part of a block or warp; wgmma on
-other operands than halves in shared memory with 128-byte swizzling. Not noticed: races in global memory,
-except different bytes written by two blocks; reads of registers that nothing was written to; a kernel that
-ends before its wgmma. Atomic operations run in the order of the threads. The sums of mma and wgmma with
-halves are those of Hopper.
+and constant memory, generic addresses; barriers and warp instructions for a part of a block or warp; scales
+of an NVFP4 MMA in other lanes than those of thread 0; wgmma on other operands than halves in shared memory
+with 128-byte swizzling. Not noticed: races in global memory, except different bytes written by two blocks;
+reads of registers that nothing was written to; a kernel that ends before its wgmma. Atomic operations run in
+the order of the threads. The sums of mma and wgmma with halves are those of Hopper.
 """
 
 import re

@@ -179,7 +179,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"or\.{BITS}": ("t t", np.bitwise_or),
     rf"xor\.{BITS}": ("t t", np.bitwise_xor),
     rf"not\.{BITS}": ("t", np.invert),
-    rf"shl\.{BITS}": ("t u32", partial(shift, np.left_shift)),
+    r"shl\.(?P<kind>b16|b32|b64)": ("t u32", partial(shift, np.left_shift)),
     rf"shr\.{INTEGER}": ("t u32", partial(shift, np.right_shift)),
     r"shf\.l\.wrap\.b32": ("b32 b32 u32", funnel_left),
     r"bfi\.b32": ("b32 b32 u32 u32", insert),
@@ -215,7 +215,8 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"setp\.nan\.f32": ("f32 f32", either_nan),
 }
 for _to in ("s16", "u16", "s32", "u32", "s64", "u64"):
-    ELEMENTWISE[rf"cvt\.{_to}\.{ANY}"] = ("t", partial(np.ndarray.astype, dtype=DTYPES[_to]))
+    _function = partial(np.ndarray.astype, dtype=DTYPES[_to])
+    ELEMENTWISE[rf"cvt\.{_to}\.(?P<kind>[su](?:8|16|32|64))"] = ("t", _function)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _do = getattr(operator, _name)
     ELEMENTWISE[rf"setp\.{_name}\.(?P<kind>[bsu](?:16|32|64))"] = ("t t", _do)

@@ -15,7 +15,8 @@ Indices = NDArray[np.int64]
 
 # State of a byte. What a cp.async copies is in flight until the thread that issued it waits. What was written
 # is visible to wgmma after a fence.proxy.async, and multiplied until the warpgroup waits.
-OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT, VISIBLE, MULTIPLIED = (u8(state) for state in range(6))
+OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT = u8(0), u8(1), u8(2), u8(3)
+VISIBLE, MULTIPLIED = u8(4), u8(5)
 # Accesses; the write of an atomic operation; what cp.async delivers; what a wgmma begins to read
 READ, WRITE, ATOMIC, COPY, MULTIPLY = range(5)
 # Findings
