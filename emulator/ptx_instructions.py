@@ -16,7 +16,7 @@ import numpy as np
 from . import formats
 from . import ptx_memory as watch
 from .formats import MAGNITUDE, NAN, SIGN, f32, f64, u8, u32
-from .ptx_machine import DTYPES, EXITED, FENCED, WARP, WARPGROUP, Array, BadAccess, Batch
+from .ptx_machine import DTYPES, EXITED, FENCED, WARP, WARPGROUP, Array, BadAccess, Batch, Unsupported
 from .tensor_core import BF16, FP16, half_warps, nvfp4_warps
 
 f16, u16, u64, i64 = np.float16, np.uint16, np.uint64, np.int64
@@ -338,8 +338,8 @@ def _warp_sync(batch: Batch, o: list[str]) -> None:
 
 def over_warps(combine: Any, kind: str, batch: Batch, o: list[str]) -> None:
     """d, a, member mask: d is the same for all of a warp."""
-    if (batch.read(o[2], "s32") != -1).any():
-        raise batch.unsupported("a member mask for a part of a warp is not modelled")
+    parts = batch.lanes[batch.read(o[2], "s32") != -1]
+    batch.stop(Unsupported, parts, "asks for a part of its warp, and that is not modelled")
     batch.set(o[0], combine.reduce(batch.read(o[1], kind).reshape(-1, WARP), axis=1).repeat(WARP))
 
 
@@ -424,7 +424,7 @@ def _mma_half(batch: Batch, o: list[str], kind: str) -> None:
 )
 def _mma_nvfp4(batch: Batch, o: list[str]) -> None:
     """D, A, B, C, scales of A, {byte, thread}, scales of B, {byte, thread}."""
-    (of_a,), (of_b,) = over_lanes(batch, o[4], 1), over_lanes(batch, o[6], 1)
+    (of_a,), (of_b,) = (over_lanes(batch, text, 1) for text in o[4::2])
     scales = [x.view(u8).reshape(len(x), -1, 4) for x in (scales_of_a(of_a), scales_of_b(of_b))]
     mma(batch, o, 4, lambda a, b, c: nvfp4_warps(a.astype(u8), b.astype(u8), *scales, c))
 

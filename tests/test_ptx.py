@@ -348,7 +348,7 @@ def test_selectors_of_scales_that_no_kernel_has(scales):
         ("bra nowhere;", "an operand is not understood: 'nowhere'"),
         ("cvt.u64.u32 y, a; add.u32 d, y, y; add.u64 y, a, a;", "a is uint32; .u64 does not fit"),
         ("bar.warp.sync 255;", "bar.warp.sync is an opcode, or has a modifier or operand, not known here"),
-        ("redux.sync.max.u32 d, a, b;", "a member mask for a part of a warp is not modelled"),
+        ("redux.sync.max.u32 d, a, b;", "asks for a part of its warp, and that is not modelled"),
         ("shfl.sync.idx.b32 d, a, 0, 31, -1;", "shfl.sync.idx.b32 is an opcode"),
         ("ld.b32 d, [y];", "ld.b32 is an opcode"),
         ("bar.sync 1, 64;", "bar.sync is an opcode, or has a modifier or operand"),
