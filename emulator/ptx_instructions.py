@@ -215,8 +215,8 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     r"setp\.nan\.f32": ("f32 f32", either_nan),
 }
 for _to in ("s16", "u16", "s32", "u32", "s64", "u64"):
-    _function = partial(np.ndarray.astype, dtype=DTYPES[_to])
-    ELEMENTWISE[rf"cvt\.{_to}\.(?P<kind>[su](?:8|16|32|64))"] = ("t", _function)
+    _astype = partial(np.ndarray.astype, dtype=DTYPES[_to])
+    ELEMENTWISE[rf"cvt\.{_to}\.(?P<kind>[su](?:8|16|32|64))"] = ("t", _astype)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _do = getattr(operator, _name)
     ELEMENTWISE[rf"setp\.{_name}\.(?P<kind>[bsu](?:16|32|64))"] = ("t t", _do)
@@ -227,10 +227,12 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 
 def elementwise(sources: str, function: Callable, batch: Batch, o: list[str], kind: str = "") -> None:
     kinds = [kind if source == "t" else source for source in sources.split()]
-    batch.set(o[0], function(*[batch.read(text, kind) for text, kind in zip(o[1:], kinds, strict=True)]))
+    batch.set(o[0], function(*[batch.read(text, kind) for text, kind in zip(o[1:], kinds)]))
 
 
-RULES |= {pattern: (".*", partial(elementwise, *entry)) for pattern, entry in ELEMENTWISE.items()}
+for _pattern, (_sources, _function) in ELEMENTWISE.items():
+    _operands = r"\S+" + r", \S+" * len(_sources.split())
+    RULES[_pattern] = _operands, partial(elementwise, _sources, _function)
 
 
 # Registers and memory

@@ -4,6 +4,7 @@ The threads at the lowest program counter run, up to the next one at which other
 branch meet again behind it. Every instruction sees the same order on every run.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -191,8 +192,8 @@ class Batch:
                 self.whole("warp", WARP)
         try:
             return s.function(self, s.operands)
-        except (KeyError, ValueError) as error:
-            raise self.unsupported(f"an operand is not understood: {error}") from error
+        except KeyError as error:
+            raise self.unsupported(f"{error} is not a register, a label or a number") from error
 
     def guarded(self) -> int | None:
         """Run it in those active threads whose guard predicate holds."""
@@ -239,6 +240,8 @@ class Batch:
 
     def number(self, text: str) -> int:
         """An integer, or the bits of a float32."""
+        if not re.fullmatch(r"0[fF][\dA-Fa-f]{8}|-?\d+U?|0x[\dA-Fa-f]+U?", text):
+            raise KeyError(text)
         return int(text[2:], 16) if text[:2] in ("0f", "0F") else int(text.removesuffix("U"), 0)
 
     def addresses(self, text: str, space: str) -> Array:

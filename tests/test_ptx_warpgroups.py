@@ -437,14 +437,17 @@ FIRST = STEPS["first"]
         ({"first": FIRST.replace(", 0, 0;", ";")}, "has a modifier or operand, not known here"),
         (
             {"first": FIRST.replace("a0", "{{g, g, g, g}}")},
-            "an operand is not understood: invalid literal",
+            "'{g, g, g, g}' is not a register, a label or a number",
         ),
         ({"first": FIRST.replace("{{{d}}}", "{{d0, d1}}")}, "must be 4 operands"),
         (
             {"first": FIRST.replace("{{{d}}}", "{{d1, d0, d2, d3}}")},
             "is one of another shape or place in D",
         ),
-        ({"first": FIRST.replace("{{{d}}}", "{{d0, 0, d2, d3}}")}, "an operand is not understood: '0'"),
+        (
+            {"first": FIRST.replace("{{{d}}}", "{{d0, 0, d2, d3}}")},
+            "'0' is not a register, a label or a number",
+        ),
         (
             {"first": FIRST.replace("f16.f16", "bf16.bf16").replace("{mma}", "wgmma.x")},
             "wgmma.x is an opcode",
