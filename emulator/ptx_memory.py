@@ -12,17 +12,16 @@ from .jit import helper, kernel
 Bytes = NDArray[np.uint8]
 Stamps = NDArray[np.int64]
 Indices = NDArray[np.int64]
-Found = tuple[int, int, int, int]  # finding, its index among the threads, its byte, stamp of another thread
 
 # State of a byte. What a cp.async copies is in flight until the thread that issued it waits. What was written
 # is visible to wgmma after a fence.proxy.async, and multiplied until the warpgroup waits.
 OUTSIDE, UNWRITTEN, WRITTEN, IN_FLIGHT = u8(0), u8(1), u8(2), u8(3)
 VISIBLE, MULTIPLIED = u8(4), u8(5)
+# Accesses; the write of an atomic operation; what cp.async delivers; what a wgmma begins to read
+READ, WRITE, ATOMIC, COPY, MULTIPLY = range(5)
 # Findings
 FINE, OUT_OF_BOUNDS, MISALIGNED, NEVER_WRITTEN, NOT_WAITED_FOR, WAS_WRITTEN, WAS_READ = range(7)
 NOT_FENCED, STILL_MULTIPLIED = 7, 8
-# Accesses; the write of an atomic operation; what cp.async delivers; what a wgmma reads
-READ, WRITE, ATOMIC, COPY, MULTIPLY = range(5)
 FIRST, ALIGNMENT = 0x7F00_0000_0000, 256  # of addresses in global memory
 
 
@@ -39,25 +38,19 @@ class Space(NamedTuple):
     sharers: int  # threads that share a region
 
 
-def global_space(size: int) -> Space:
-    data, state, writer = np.zeros(size, u8), np.zeros(size, u8), np.zeros(size, np.int64)
-    return Space(data, state, writer, writer[:0], writer[:0], FIRST, size, 1 << 40)
-
-
 def shared_space(size: int, blocks: int, threads: int) -> Space:
     """Of blocks of so many threads."""
-    filled = max(1, -(-size // ALIGNMENT)) * ALIGNMENT
-    data, state = (np.zeros(filled * blocks, u8) for _ in range(2))
-    writer, reader, fenced = (np.zeros(filled * blocks, np.int64) for _ in range(3))
-    return Space(data, state, writer, reader, fenced, 0, filled, threads)
+    data, state = np.zeros((2, size * blocks), u8)
+    writer, reader, fenced = np.zeros((3, size * blocks), np.int64)
+    return Space(data, state, writer, reader, fenced, 0, size, threads)
 
 
 # A stamp says who and when: thread in the block, flags, barriers that its warp and its block have passed. In
 # global memory, where blocks are compared, number of the block and of the launch.
-THREAD, WARP_BITS = 1023, 5
+THREAD, OF_WARP = 0x3FF, 0x3E0
 SEVERAL_THREADS, SEVERAL_WARPS = 1 << 10, 1 << 11
 WARP_SYNCS_AT, BARRIERS_AT = 12, 38
-LAUNCH_AT, BLOCK = 40, (1 << 40) - 1
+BLOCK, LAUNCH_AT, GLOBAL = (1 << 40) - 1, 40, 1 << 62
 
 
 def stamps(thread: Indices, warp_syncs: Indices, barriers: Indices) -> Stamps:
@@ -65,16 +58,14 @@ def stamps(thread: Indices, warp_syncs: Indices, barriers: Indices) -> Stamps:
 
 
 @helper
-def one_warp(old: int, now: int) -> bool:
-    return (old & THREAD) >> WARP_BITS == (now & THREAD) >> WARP_BITS
-
-
-@helper
 def unordered(old: int, now: int) -> bool:
-    """Whether `old`, or an access joined to it, is another thread's with no barrier before `now`."""
+    """Whether `old`, or an access joined to it, is another thread's with no barrier before `now`; in global
+    memory another block's of the same launch."""
+    if now & GLOBAL:
+        return old != now and old >> LAUNCH_AT == now >> LAUNCH_AT
     if old >> BARRIERS_AT != now >> BARRIERS_AT:
         return False
-    if (old | now) & SEVERAL_WARPS or not one_warp(old, now):
+    if (old | now) & SEVERAL_WARPS or (old ^ now) & OF_WARP:
         return True
     if old >> WARP_SYNCS_AT != now >> WARP_SYNCS_AT:
         return False
@@ -84,112 +75,93 @@ def unordered(old: int, now: int) -> bool:
 @helper
 def joined(old: int, now: int) -> int:
     """One stamp for the accesses under `old` that still matter, and one more."""
-    if not unordered(old, now):
+    if now & GLOBAL or not unordered(old, now):
         return now
-    return old | (SEVERAL_THREADS if one_warp(old, now) else SEVERAL_WARPS)
+    return old | (SEVERAL_WARPS if (old ^ now) & OF_WARP else SEVERAL_THREADS)
 
 
 @helper
-def checked(space: Space, at: int, now: int, how: int, value: int) -> tuple[int, int]:
-    """(what is wrong with an access to byte `at`, stamp of the other thread); `value` is what it writes.
-    Writes of the same value do not race."""
-    state, written = space.state[at], space.writer[at]
+def wrong(how: int, state: int, same: bool, written: int, read: int, fenced: int, now: int) -> int:
+    """What is wrong with an access to a byte, which may write the `same` as is there, after those before."""
+    reads = how in (READ, MULTIPLY)
     if state == OUTSIDE:
-        return OUT_OF_BOUNDS, 0
+        return OUT_OF_BOUNDS
     if state == IN_FLIGHT:
-        return NOT_WAITED_FOR, 0
-    if state == UNWRITTEN and how == READ:
-        return NEVER_WRITTEN, 0
-    if state == MULTIPLIED and how != READ:
-        return STILL_MULTIPLIED, 0
-    differs = how != WRITE or state == UNWRITTEN or space.data[at] != value
-    if len(space.reader) == 0:  # two blocks must not write different bytes, except by atomic operations
-        if how == READ:
-            return FINE, 0
-        space.writer[at] = 0 if how == ATOMIC else now
-        raced = written >> LAUNCH_AT == now >> LAUNCH_AT and written != now and how == WRITE and differs
-        return (WAS_WRITTEN if raced else FINE), written
-    read = space.reader[at]
-    if how == READ:
-        space.reader[at] = joined(read, now)
-        return (WAS_WRITTEN if unordered(written, now) else FINE), written
-    if unordered(read, now):
-        return WAS_READ, read
-    space.writer[at] = joined(written, now)
-    return (WAS_WRITTEN if unordered(written, now) and differs else FINE), written
+        return NOT_WAITED_FOR
+    if state == UNWRITTEN and reads:
+        return NEVER_WRITTEN
+    if state == MULTIPLIED and not reads:
+        return STILL_MULTIPLIED
+    if not reads and unordered(read, now):
+        return WAS_READ
+    if not same and unordered(written, now):
+        return WAS_WRITTEN
+    unseen = how == MULTIPLY and (state == WRITTEN or unordered(fenced, now))
+    return NOT_FENCED if unseen else FINE
 
 
 @kernel
 def access(
-    space: Space, addresses: Indices, threads: Indices, now: Stamps, values: Bytes, alignment: int, how: int
-) -> Found:
-    """Fill values, (threads, bytes), from addresses if `how` is READ; else put them there."""
+    space: Space, addresses: Indices, threads: Indices, when: Stamps, values: Bytes, alignment: int, how: int
+) -> tuple[int, int, int, int]:
+    """Fill values, (threads, bytes), from addresses if `how` reads; else put them there. Returns a finding,
+    its index among the threads, its byte, the stamp of another thread. In global memory only writes that are
+    not atomic are compared."""
+    reads, shared = how in (READ, MULTIPLY), len(space.reader) > 0
     for i in range(len(threads)):
         offset = addresses[i] - space.first
         if offset < 0 or offset > space.size - values.shape[1]:
             return OUT_OF_BOUNDS, i, 0, 0
         if addresses[i] % alignment != 0:
             return MISALIGNED, i, 0, 0
-        at = threads[i] // space.sharers * space.size + offset
+        first = threads[i] // space.sharers * space.size + offset
+        now = when[threads[i]] | (SEVERAL_WARPS if how == MULTIPLY else 0)
         for b in range(values.shape[1]):
-            finding, other = checked(space, at + b, now[threads[i]], how, values[i, b])
+            at = first + b
+            written = space.writer[at] if shared or how == WRITE else 0
+            read, fenced = (space.reader[at], space.fenced[at]) if shared else (0, 0)
+            same = how == WRITE and space.state[at] != UNWRITTEN and space.data[at] == values[i, b]
+            finding = wrong(how, space.state[at], same, written, read, fenced, now)
             if finding != FINE:
-                return finding, i, b, other
-            if how == READ:
-                values[i, b] = space.data[at + b]
+                return finding, i, b, read if finding == WAS_READ else written
+            if reads:
+                values[i, b] = space.data[at]
             else:
-                space.data[at + b] = values[i, b]
-                space.state[at + b] = IN_FLIGHT if how == COPY else WRITTEN
+                space.data[at], space.state[at] = values[i, b], IN_FLIGHT if how == COPY else WRITTEN
+                space.writer[at] = 0 if how == ATOMIC else joined(written, now)
+            if reads and shared:
+                space.reader[at] = joined(read, now)
+            if how == MULTIPLY:
+                space.state[at] = MULTIPLIED
     return FINE, 0, 0, 0
 
 
 @kernel
-def land(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> None:
-    """The copies have arrived for their own threads; for others after a barrier, as if written just now."""
-    for i in range(len(threads)):
-        at = threads[i] // space.sharers * space.size + addresses[i]
-        space.state[at : at + width], space.writer[at : at + width] = WRITTEN, now[threads[i]]
+def mark(space: Space, last: Stamps, accesses: Indices, now: Stamps, state: int) -> None:
+    """Accesses (thread, address, bytes, …) to shared memory, as if done just now, leave bytes in a state;
+    `last` is space.writer or space.reader."""
+    for i in range(len(accesses)):
+        thread, address, width = accesses[i, 0], accesses[i, 1], accesses[i, 2]
+        at = thread // space.sharers * space.size + address
+        space.state[at : at + width], last[at : at + width] = state, now[thread]
 
 
 @kernel
 def fence(space: Space, fencing: NDArray[np.bool_], now: Stamps) -> None:
     """What these threads wrote is visible to wgmma: after a barrier, as if written just now."""
     for at in range(len(space.state)):
-        if space.state[at] == WRITTEN:
-            thread = at // space.size * space.sharers + (space.writer[at] & THREAD)
-            if fencing[thread]:
-                space.state[at], space.fenced[at] = VISIBLE, now[thread]
-
-
-@kernel
-def multiply(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> Found:
-    """A wgmma begins to read, or still reads, what `access` has read for it."""
-    for i in range(len(threads)):
-        first = threads[i] // space.sharers * space.size + addresses[i]
-        for at in range(first, first + width):
-            if space.state[at] == WRITTEN or unordered(space.fenced[at], now[threads[i]]):
-                return NOT_FENCED, i, at - first, space.writer[at]
-            space.state[at] = MULTIPLIED
-    return FINE, 0, 0, 0
-
-
-@kernel
-def multiplied(space: Space, addresses: Indices, threads: Indices, now: Stamps, width: int) -> None:
-    """A wgmma has been waited for: as if its warpgroup read just now."""
-    for i in range(len(threads)):
-        first = threads[i] // space.sharers * space.size + addresses[i]
-        for at in range(first, first + width):
-            space.state[at] = VISIBLE
-            space.reader[at] = joined(space.reader[at], now[threads[i]])
+        thread = at // space.size * space.sharers + (space.writer[at] & THREAD)
+        if space.state[at] == WRITTEN and fencing[thread]:
+            space.state[at], space.fenced[at] = VISIBLE, now[thread]
 
 
 class Memory:
     """The global memory of one pretended device. Buffers lie at multiples of 256 with a gap behind each."""
 
     def __init__(self) -> None:
-        self.space = global_space(1 << 16)
+        data, stamps = np.zeros(0, u8), np.zeros(0, np.int64)
+        self.space = Space(data, data, stamps, stamps, stamps, FIRST, 0, 1 << 40)
         self.launches = 0
-        self._used = 0
         self._free: dict[int, list[int]] = {}  # size → places of buffers that nobody holds any more
 
     def upload(self, array: ArrayLike) -> "Buffer":
@@ -198,7 +170,7 @@ class Memory:
         if not array.flags.c_contiguous:
             raise ValueError(f"array has strides {array.strides}; upload np.ascontiguousarray(array).")
         buffer = self.empty(array.nbytes)
-        part = slice(buffer.address - FIRST, buffer.address - FIRST + array.nbytes)
+        part = slice(buffer.start, buffer.start + array.nbytes)
         self.space.data[part], self.space.state[part] = array.reshape(-1).view(u8), WRITTEN
         return buffer
 
@@ -207,21 +179,15 @@ class Memory:
         size = 1 << (nbytes + ALIGNMENT).bit_length()
         places = self._free.setdefault(size, [])
         if not places:
-            self._grow(size)
+            places.append(self.space.size)
+            grown: list[Any] = [np.pad(array, (0, size)) for array in self.space[:3]]
+            data, state, writer = grown
+            self.space = self.space._replace(data=data, state=state, writer=writer, size=len(data))
         start = places.pop()
         self.space.state[start : start + nbytes] = UNWRITTEN
-        buffer = Buffer(self, FIRST + start, nbytes)
+        buffer = Buffer(self, start, nbytes)
         finalize(buffer, self._release, start, size).atexit = False
         return buffer
-
-    def _grow(self, size: int) -> None:
-        self._free[size].append(self._used)
-        self._used += size
-        if self._used > self.space.size:
-            grown, had = global_space(2 * self._used), self.space.size
-            grown.data[:had], grown.state[:had] = self.space.data, self.space.state
-            grown.writer[:had] = self.space.writer
-            self.space = grown
 
     def _release(self, start: int, size: int) -> None:
         self.space.state[start : start + size] = OUTSIDE
@@ -231,21 +197,20 @@ class Memory:
 class Buffer:
     """Some bytes of a Memory, its own as long as this object lives."""
 
-    def __init__(self, memory: Memory, address: int, nbytes: int) -> None:
-        self.memory, self.address, self.nbytes = memory, address, nbytes
+    def __init__(self, memory: Memory, start: int, nbytes: int) -> None:
+        self.memory, self.start, self.nbytes, self.address = memory, start, nbytes, FIRST + start
 
     def download(self, dtype: Any, shape: int | tuple[int, ...]) -> NDArray[Any]:
         """The first bytes as an array. Raises ValueError if they are too few, or one was never written."""
-        needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        kind = np.dtype(dtype)
+        needed = int(np.prod(shape)) * kind.itemsize
         if needed > self.nbytes:
-            raise ValueError(
-                f"shape {shape} of {np.dtype(dtype)} takes {needed} bytes and the buffer has {self.nbytes}."
-            )
-        part = slice(self.address - FIRST, self.address - FIRST + needed)
+            raise ValueError(f"{shape} of {kind} takes {needed} bytes and the buffer has {self.nbytes}.")
+        part = slice(self.start, self.start + needed)
         unwritten = np.flatnonzero(self.memory.space.state[part] != WRITTEN)
         if len(unwritten):
             raise ValueError(
                 f"{len(unwritten)} of {needed} bytes were never written, the first is byte {unwritten[0]} of "
                 f"the buffer. A kernel that writes all of them must run first."
             )
-        return self.memory.space.data[part].view(dtype).reshape(shape).copy()
+        return self.memory.space.data[part].view(kind).reshape(shape).copy()

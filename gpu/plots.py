@@ -30,24 +30,24 @@ WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 FILLS, HATCHES = ("#7FB8D8", "#F2CF7F", "#7FCEB9", "#E5BCD3"), ("", "//", "..", "xx")
 
 
-def registers(count: int, parts: int) -> list[Map]:
-    """`count` registers, each over the lanes of a warp and in parts, (1, 8, 4, parts), filled with numbers
+def registers(count: int, parts: int) -> Map:
+    """`count` registers over the lanes of a warp and in parts, (count, 1, 8, 4, parts), filled with numbers
     that tell where they are: (lane · count + register) · parts + part."""
-    lanes, numbers = np.arange(WARP).reshape(1, 8, 4, 1), np.arange(parts)
-    return [(lanes * count + register) * parts + numbers for register in range(count)]
+    numbers = np.arange(WARP * count * parts).reshape(1, 8, 4, count, parts)
+    return np.moveaxis(numbers, 3, 0)
 
 
 def fragments() -> dict[str, tuple[Map, int, int]]:
     """For each operand of mma.m16n8k64 three things: a matrix that tells for each element in which part of
     which register of which lane it lies, as (lane · count + register) · parts + part; `count`, how many
     registers of a lane hold the operand; and `parts`, how many elements share a register."""
-    c, scale = [x[..., 0] for x in registers(4, 1)], registers(1, 4)[0]
+    scale = registers(1, 4)[0]
     return {
         "A": (rows_of_a(registers(4, CODES))[0], 4, CODES),
         "B": (rows_of_b(registers(2, CODES))[0], 2, CODES),
-        "C and D": (matrix_of_c(c)[0], 4, 1),
-        "scales of A": (scales_of_a(scale, 0).reshape(16, 4), 1, 4),
-        "scales of B": (scales_of_b(scale, 0).reshape(8, 4), 1, 4),
+        "C and D": (matrix_of_c(registers(4, 1)[..., 0])[0], 4, 1),
+        "scales of A": (scales_of_a(scale).reshape(16, 4), 1, 4),
+        "scales of B": (scales_of_b(scale).reshape(8, 4), 1, 4),
     }
 
 

@@ -15,7 +15,6 @@ from emulator.ptx import Memory, Module, PtxError, Unsupported
 
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 seeds = st.integers(0, 2**32 - 1)
-LANE = np.arange(32, dtype=np.uint32)
 
 
 # CUDA, as NVRTC compiles it
@@ -168,14 +167,6 @@ def test_a_kernel_that_does_not_end_is_stopped(monkeypatch):
 # Warps
 
 
-@given(seed=seeds)
-def test_shfl(seed):
-    rng = np.random.default_rng(seed)
-    a, b = rng.integers(0, 2**31, 32, np.uint32), rng.integers(0, 64, 32).astype(np.uint32)
-    got = one("shfl.sync.idx.b32 d|p, a, b, 31, -1; @!p mov.b32 d, 0;", a, b, dtype=np.uint32)
-    np.testing.assert_array_equal(got, a[b % 32])
-
-
 @every_arch
 def test_warp_functions_of_cuda(arch):
     source = """
@@ -184,15 +175,13 @@ def test_warp_functions_of_cuda(arch):
         y[i] = __reduce_max_sync(~0u, v);
         y[i + 64] = __reduce_or_sync(~0u, v);
         y[i + 128] = __any_sync(~0u, v == 3);
-        y[i + 192] = __shfl_sync(~0u, v, i ^ 1);
     }"""
     x = np.random.default_rng(0).integers(0, 1000, (2, 32)).astype(np.uint32)
-    y = output(compiled(source, arch), "k", [x], np.uint32, (4, 2, 32))
+    y = output(compiled(source, arch), "k", [x], np.uint32, (3, 2, 32))
     for w in range(2):
         assert set(y[0, w]) == {x[w].max()}
         assert set(y[1, w]) == {np.bitwise_or.reduce(x[w])}
         assert set(y[2, w]) == {(x[w] == 3).any()}
-        np.testing.assert_array_equal(y[3, w], x[w, LANE ^ 1])
 
 
 # ldmatrix and the tensor cores, by the formulas of the PTX ISA
@@ -312,32 +301,28 @@ def test_half_mma(name, kind, seed):
     np.testing.assert_array_equal(matrix(d).view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize(("thread_a", "thread_b"), [(0, 0), (1, 0), (0, 3), (1, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds)
-def test_nvfp4_mma_takes_scales_where_the_selectors_say(thread_a, thread_b, kind, seed):
+def test_nvfp4_mma_takes_scales_of_the_first_lanes(kind, seed):
     """All other lanes hold other scales."""
     rng = np.random.default_rng(seed)
     a, b, sfa, sfb, c = nvfp4_tile(kind, rng)
     scales = rng.integers(0, 2**32, (32, 2), np.uint32)
     for g in range(8):
-        scales[4 * g + 2 * thread_a, 0], scales[4 * g + 2 * thread_a + 1, 0] = (
-            packed(sfa[g], 8),
-            packed(sfa[g + 8], 8),
-        )
-        scales[4 * g + thread_b, 1] = packed(sfb[g], 8)
-    module = mma_kernel(NVFP4, f", {{s0}}, {{0, {thread_a}}}, {{s1}}, {{0, {thread_b}}}")
+        scales[4 * g, 0], scales[4 * g + 1, 0] = packed(sfa[g], 8), packed(sfa[g + 8], 8)
+        scales[4 * g, 1] = packed(sfb[g], 8)
+    module = mma_kernel(NVFP4, ", {s0}, {0, 0}, {s1}, {0, 0}")
     d = output(module, "k", [*fragments(a, b, c), scales], np.float32, (32, 4), block=32)
     expected = emulator.mma_m16n8k64(a, b, sfa, sfb, c)
     np.testing.assert_array_equal(matrix(d).view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize(
-    "scales", [", s0, {1, 0}, s1, {0, 0}", ", s0, {0, 2}, s1, {0, 0}", ", s0, {0, 0}, s1, {0, 4}"]
+    "scales", ["", ", s0, {1, 0}, s1, {0, 0}", ", s0, {0, 1}, s1, {0, 0}", ", s0, {0, 0}, s1, {0, 1}"]
 )
-def test_selectors_that_4x_does_not_have(scales):
+def test_selectors_of_scales_that_no_kernel_has(scales):
     arguments = [np.zeros((32, n), np.uint32) for n in (4, 2, 4, 2)]
-    with pytest.raises(Unsupported, match="with 4X the byte is 0"):
+    with pytest.raises(Unsupported, match="is an opcode, or has a modifier or operand, not known here"):
         output(mma_kernel(NVFP4, scales), "k", arguments, np.float32, (32, 4), block=32)
 
 
@@ -347,24 +332,30 @@ def test_selectors_that_4x_does_not_have(scales):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("add.ftz.f32 d, a, b;", "add.ftz.f32 is an opcode, or has a modifier, that is not known here"),
+        ("add.ftz.f32 d, a, b;", "add.ftz.f32 is an opcode, or has a modifier or operand, not known here"),
         ("mul.rn.ftz.f32 d, a, b;", "mul.rn.ftz.f32 is an opcode"),
         ("add.sat.f32 d, a, b;", "add.sat.f32 is an opcode"),
         ("ex2.approx.f32 d, a;", "ex2.approx.f32 is an opcode"),
         ("div.full.f32 d, a, b;", "div.full.f32 is an opcode"),
         ("frobnicate.b32 d, a;", "frobnicate.b32 is an opcode"),
         ("cvt.rn.relu.f16.f32 d, a;", "cvt.rn.relu.f16.f32 is an opcode"),
-        ("mov.u32 d, %clock;", "%clock is not a register, a shared array or a number"),
-        ("mov.u32 d, nothing;", "nothing is not a register"),
-        ("add.u32 d, a;", "it takes 3 operands"),
-        ("bra nowhere;", "there is no label nowhere"),
-        ("cvt.u64.u32 y, a; add.u32 d, y, y; add.u64 y, a, a;", "a is .b32; .u64 does not fit"),
-        ("bar.warp.sync 255;", "a member mask for a part of a warp is not modelled"),
-        ("shfl.sync.idx.b32 d|p, a, 0, 31, 65535;", "a member mask for a part of a warp is not modelled"),
-        ("shfl.sync.idx.b32 d|p, a, 0, 2079, -1;", "a segment of a warp is not modelled"),
+        (
+            "mov.u32 d, %clock;",
+            "'%clock' is not a register, a label or a number",
+        ),
+        ("mov.u32 nothing, a;", "'nothing' is not a register, a label or a number"),
+        ("add.u32 d, a;", "add.u32 is an opcode, or has a modifier or operand, not known here"),
+        ("bra nowhere;", "'nowhere' is not a register, a label or a number"),
+        ("cvt.u64.u32 y, a; add.u32 d, y, y; add.u64 y, a, a;", "a is uint32; .u64 does not fit"),
+        ("bar.warp.sync 255;", "bar.warp.sync is an opcode, or has a modifier or operand, not known here"),
+        ("redux.sync.max.u32 d, a, b;", "asks for a part of its warp, and that is not modelled"),
+        ("shfl.sync.idx.b32 d, a, 0, 31, -1;", "shfl.sync.idx.b32 is an opcode"),
         ("ld.b32 d, [y];", "ld.b32 is an opcode"),
-        ("bar.sync 1, 64;", "a barrier for a part of the block is not modelled"),
-        ("cp.async.cg.shared.global [x], [y], 8;", ".cg does not copy 8 bytes"),
+        ("bar.sync 1, 64;", "bar.sync is an opcode, or has a modifier or operand"),
+        (
+            "cp.async.ca.shared.global [x], [y], 2;",
+            "is an opcode, or has a modifier or operand",
+        ),
         ("atom.global.add.f32 d, [y], a;", "atom.global.add.f32 is an opcode"),
     ],
 )
@@ -416,10 +407,11 @@ def test_memory():
     ]:
         with pytest.raises(ValueError, match=message):
             act()
-    size = memory.space.size
+    sizes = set()
     for _ in range(1000):
         memory.empty(1000)  # nobody keeps it
-    assert memory.space.size == size
+        sizes.add(memory.space.size)
+    assert len(sizes) == 1
     big = memory.upload(np.ones(10**6, np.uint8))
     assert big.download(np.uint8, 10**6).all()
     np.testing.assert_array_equal(held.download(np.int16, (4, 25)), x)

@@ -87,11 +87,12 @@ def assert_bits(got, expected, kind, *operands):
 
 
 def combine(name, values, kind, rounding):
-    """IEEE: a + b, a · b, a / b, a · b + c, √a, 1/a."""
+    """IEEE: a ± b, a · b, a / b, a · b + c, √a, 1/a."""
     with np.errstate(all="ignore"):
         a, b, c = (np.float64(v) for v in (*values, 0.0, 0.0)[:3])
         in_float64 = {
             "add": a + b,
+            "sub": a - b,
             "mul": a * b,
             "div": a / b,
             "fma": a * b + c,
@@ -110,6 +111,7 @@ def combine(name, values, kind, rounding):
         return rounded(root, np.signbit(a), kind, rounding)
     result = {
         "add": lambda: x + y,
+        "sub": lambda: x - y,
         "mul": lambda: x * y,
         "div": lambda: x / y,
         "fma": lambda: x * y + z,
@@ -118,7 +120,7 @@ def combine(name, values, kind, rounding):
     return rounded(result, bool(np.signbit(in_float64)), kind, rounding)
 
 
-OPCODES = ["add.rn.f32", "add.rp.f32", "mul.rn.f32", "div.rn.f32", "fma.rn.f32", "fma.rz.f32"]
+OPCODES = ["add.rn.f32", "add.rp.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "fma.rn.f32", "fma.rz.f32"]
 OPCODES += ["sqrt.rn.f32", "rcp.rn.f32"]
 OPERANDS = {"fma": 3, "sqrt": 1, "rcp": 1}
 
@@ -156,6 +158,8 @@ COMPARISONS = {
     "le": lambda a, b: a <= b,
     "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b,
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a < b or a > b,
     "equ": lambda a, b: a == b or isnan(a) or isnan(b),
     "neu": lambda a, b: a != b,
     "ltu": lambda a, b: not a >= b,
@@ -201,10 +205,6 @@ def signed(x: int, bits: int) -> int:
     return x - (1 << bits) if x >> bits - 1 else x
 
 
-def truncated_quotient(a: int, b: int) -> int:
-    return abs(a) // abs(b) * (-1 if (a < 0) != (b < 0) else 1)
-
-
 def inserted(a: int, b: int, position: int, length: int) -> int:
     for i in range(length & 0xFF):
         at = (position & 0xFF) + i
@@ -228,9 +228,6 @@ INTEGERS = {
     "mul.lo.s32 d, a, b;": lambda a, b, c: a * b,
     "mul.hi.u32 d, a, b;": lambda a, b, c: a * b >> 32,
     "mad.lo.s32 d, a, b, c;": lambda a, b, c: a * b + c,
-    "rem.s32 d, a, b;": lambda a, b, c: (
-        signed(a, 32) - truncated_quotient(signed(a, 32), signed(b, 32)) * signed(b, 32) if b else a
-    ),
     "mad.wide.s32 y, a, b, 0; shr.u64 y, y, 24; cvt.u32.u64 d, y;": lambda a, b, c: (
         signed(a, 32) * signed(b, 32) >> 24
     ),
@@ -244,7 +241,6 @@ INTEGERS = {
         a == b or c != 0
     ),
     "div.u32 d, a, b;": lambda a, b, c: a // b if b else -1,
-    "div.s32 d, a, b;": lambda a, b, c: truncated_quotient(signed(a, 32), signed(b, 32)) if b else -1,
     "min.u32 d, a, b;": lambda a, b, c: min(a, b),
     "max.s32 d, a, b;": lambda a, b, c: max(signed(a, 32), signed(b, 32)),
     "abs.s32 d, a;": lambda a, b, c: abs(signed(a, 32)),
@@ -309,7 +305,7 @@ def test_float_to_integer_saturates(seed):
     assert got.tolist() == [expected(float(v)) for v in x]
 
 
-@pytest.mark.parametrize("opcode", ["cvt.rn.f32.s32", "cvt.rz.f32.s64"])
+@pytest.mark.parametrize("opcode", ["cvt.rn.f32.s32", "cvt.rn.f32.s64", "cvt.rz.f32.s64"])
 @given(seed=seeds)
 def test_integer_to_float(opcode, seed):
     rng, bits = np.random.default_rng(seed), int(opcode[-2:])

@@ -157,11 +157,6 @@ FINDINGS = {
         Divergence,
         "waits at another barrier than others of its block, PTX line",
     ),
-    "a shuffle in a branch": (
-        "int v = 0; BUG(if (i % 2)) v = __shfl_sync(~0u, i, 2); y[i] = v;",
-        Divergence,
-        r"Thread \(0, 0, 0\) .* is not there, and its whole warp must be",
-    ),
     "a vote in a branch": (
         "y[i] = 0; BUG(if (i < 8)) y[i] = __any_sync(~0u, i);",
         Divergence,

@@ -432,16 +432,22 @@ FIRST = STEPS["first"]
         ({"first": f"xor.b64 b0, b0, {1 << 62};" + FIRST}, "b0 must have 128-byte swizzling"),
         ({"first": f"xor.b64 b0, b0, {1 << 49};" + FIRST}, "0 in the other upper bits"),
         ({"first": f"xor.b64 b0, b0, {1 << 37};" + FIRST}, "stride 1024"),
-        ({"first": FIRST.replace("1, 1, 0, 0", "-1, 1, 0, 0")}, "neither negated nor transposed"),
-        ({"first": FIRST.replace("1, 1, 0, 0", "1, 1, 0, 1")}, "neither negated nor transposed"),
-        ({"first": FIRST.replace(", 0, 0;", ";")}, "neither negated nor transposed"),
-        ({"first": FIRST.replace("a0", "{{g, g, g, g}}")}, "{g, g, g, g} is not a register"),
+        ({"first": FIRST.replace("1, 1, 0, 0", "-1, 1, 0, 0")}, "has a modifier or operand, not known here"),
+        ({"first": FIRST.replace("1, 1, 0, 0", "1, 1, 0, 1")}, "has a modifier or operand, not known here"),
+        ({"first": FIRST.replace(", 0, 0;", ";")}, "has a modifier or operand, not known here"),
+        (
+            {"first": FIRST.replace("a0", "{{g, g, g, g}}")},
+            "'{g, g, g, g}' is not a register, a label or a number",
+        ),
         ({"first": FIRST.replace("{{{d}}}", "{{d0, d1}}")}, "must be 4 operands"),
         (
             {"first": FIRST.replace("{{{d}}}", "{{d1, d0, d2, d3}}")},
-            "or is one of another shape or place in D",
+            "is one of another shape or place in D",
         ),
-        ({"first": FIRST.replace("{{{d}}}", "{{d0, 0, d2, d3}}")}, "0 is not a register"),
+        (
+            {"first": FIRST.replace("{{{d}}}", "{{d0, 0, d2, d3}}")},
+            "'0' is not a register, a label or a number",
+        ),
         (
             {"first": FIRST.replace("f16.f16", "bf16.bf16").replace("{mma}", "wgmma.x")},
             "wgmma.x is an opcode",
