@@ -248,10 +248,7 @@ def _fp16_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc
 
 @kernel
 def _fp16_split_k_rows(a: Float64, exponents_a: Ints, b: Float64, exponents_b: Ints, acc: Float64) -> None:
-    of_a, of_b = (
-        np.maximum(exponents_a, 0),
-        np.maximum(exponents_b, 0),
-    )  # subnormal numbers have the least one
+    of_a, of_b = np.maximum(exponents_a, 0), np.maximum(exponents_b, 0)  # subnormal: the least one
     terms, exponents = np.empty(BLOCK), np.empty(BLOCK, np.int64)
     for m in range(len(a)):
         for n in range(len(b)):
