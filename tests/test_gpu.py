@@ -359,6 +359,18 @@ def test_few_rows(face, m, n, blocks, seed):
 
 
 @on_every_device
+def test_a_subnormal_number_has_the_exponent_of_the_least_normal_one(face):
+    """2688 · 2^-10 + 2^-10 · 2^-10: with exponents 11 + 0 the second product is below 2^(11 − 25) and is cut
+    off; with 11 − 10, as in the product of many rows, where no number is subnormal, it is kept."""
+    codes, scales = np.zeros((2, 1, 32), np.uint8), np.array([[[0x7E, 1]], [[1, 1]]], np.uint8)
+    codes[0, 0, 0], codes[1, 0, 0], codes[:, 0, 16] = 7, 1, 1  # 6, and ½ three times
+    a, b = (NVFP4Tensor(codes=c, block_scales=s, tensor_scale=1.0) for c, s in zip(codes, scales))
+    assert emulator.matmul_fp16_split_k(a, b) == 2.625
+    assert emulator.matmul_fp16(a, b) == 2.625 + 2.0**-20
+    assert_fast_product(face, a, b)
+
+
+@on_every_device
 @pytest.mark.parametrize("count", [1, 127, 128, 1001])
 def test_every_word_is_added(face, count):
     """By 128 threads, 16 bytes at a time; the part of each warp is apart."""
