@@ -216,7 +216,7 @@ def _matmul_by_rows(a: NVFP4Tensor, b: NVFP4Tensor, fill_rows: Callable) -> Floa
 
 
 def _decoded(codes: Codes, block_scales: Codes) -> tuple[Float64, Ints]:
-    """e2m1 · e4m3 and its exponent, (rows, K) each. Least is 2^-10, so that none is subnormal in fp16."""
+    """e2m1 · e4m3 and its exponent, (rows, K) each. Least is 2^-10, a normal number of fp16."""
     values, exponents = np.empty(codes.shape), np.empty(codes.shape, np.int64)
     over_rows(
         lambda i, j: _decode_rows(codes[i:j], block_scales[i:j], values[i:j], exponents[i:j]), len(codes)

@@ -83,7 +83,7 @@ def placed(arrays: dict[str, tuple[int, int]], shared_bytes: int) -> dict[str, s
 
 
 def arguments(kernel: Kernel, args: list[Argument]) -> dict[str, int]:
-    """Their bits, by the names of the parameters."""
+    """Their bits, by the [names] of the parameters, as ld.param has them."""
     if len(args) != len(kernel.parameters):
         raise ValueError(f"args has {len(args)} entries; {kernel.name} takes {len(kernel.parameters)}.")
     bits = {}
@@ -95,7 +95,7 @@ def arguments(kernel: Kernel, args: list[Argument]) -> dict[str, int]:
                 f"args[{i}]={argument!r} does not fit .{kind} of {kernel.name}: pass a Buffer for a pointer "
                 f"and a NumPy scalar of {8 * size} bits for a number."
             )
-        bits[name] = int(value.view(f"u{size}"))
+        bits[f"[{name}]"] = int(value.view(f"u{size}"))
     return bits
 
 

@@ -24,10 +24,15 @@ Rule = Callable[..., int | None]
 RULES: dict[str, tuple[str, Rule]] = {}  # patterns of opcode, and of operands; function
 
 
-def instruction(opcode: str, operands: str = ".*") -> Callable[[Rule], None]:
+def instruction(opcode: str, operands: str = ".*") -> Callable[[Rule], Rule]:
     """Use the function below for what matches. It gets batch, operands and the named groups of the opcode;
     it returns the number of the statement to go on with, if it is not the next one."""
-    return lambda function: RULES.update({opcode: (operands, function)})
+
+    def register(function: Rule) -> Rule:
+        RULES[opcode] = operands, function
+        return function
+
+    return register
 
 
 @cache
@@ -79,8 +84,8 @@ def fma(rounding: str, a: Array, b: Array, c: Array) -> Array:
 
 
 def approximate_reciprocal(a: Array) -> Array:
-    """Within an ulp of 1 / a, which is all that PTX defines: the last bit of a flips the last bit of 1 / a.
-    Subnormal numbers are zero, with their sign."""
+    """1 / a rounded, or a neighbour of that where a is odd: PTX allows an ulp. Subnormal numbers are zero,
+    with their sign."""
     least = f32(2.0**-126)
     exact = f32(1) / np.where(np.abs(a) < least, a * f32(0), a)
     exact = np.where(np.isfinite(exact), (exact.view(u32) ^ (a.view(u32) & u32(1))).view(f32), exact)
@@ -255,12 +260,20 @@ for _pattern, (_sources, _function) in ELEMENTWISE.items():
 # Registers and memory
 
 
-@instruction(rf"(?:mov|ld\.param)\.{ANY}")
+@instruction(rf"ld\.param\.{ANY}")
+def _ld_param(batch: Batch, o: list[str], kind: str) -> None:
+    of = batch.launch.kernel.parameters.get(o[1].strip("[]"), "pred")
+    if DTYPES[of].itemsize != DTYPES[kind].itemsize:
+        raise batch.unsupported(f"{o[1]} is not a parameter of type .{kind}")
+    batch.set(o[0], batch.read(o[1], kind))
+
+
+@instruction(rf"mov\.{ANY}")
 def _mov(batch: Batch, o: list[str], kind: str) -> None:
-    """A copy; of a [parameter], or from or to {a, b, …}, the lowest bits first."""
+    """A copy; from or to {a, b, …}, the lowest bits first."""
     to, source = (text.count(",") + 1 for text in o)
     if to == source == 1:
-        return batch.set(o[0], batch.read(o[1].strip("[]"), kind))
+        return batch.set(o[0], batch.read(o[1], kind))
     size = DTYPES[kind].itemsize
     whole = np.stack(batch.reads(o[1], f"b{8 * size // source}", source), axis=1)
     set_columns(batch, o[0], whole.view(f"u{size // to}"))
@@ -304,7 +317,8 @@ def _atom(batch: Batch, o: list[str]) -> None:
 # Copies from global to shared memory that arrive later
 
 
-@instruction(r"cp\.async\.c[ag]\.shared\.global(?:\.L2::128B)?", r".*\], (?:4|8|16)(?:, \S+)?")
+@instruction(r"cp\.async\.ca\.shared\.global(?:\.L2::128B)?", r".*\], (?:4|8|16)(?:, \S+)?")
+@instruction(r"cp\.async\.cg\.shared\.global(?:\.L2::128B)?", r".*\], 16(?:, \S+)?")
 def _cp_async(batch: Batch, o: list[str]) -> None:
     """[to], [from], width {, bytes to read: the rest becomes zero}"""
     to, source = batch.addresses(o[0], "shared"), batch.addresses(o[1], "global")

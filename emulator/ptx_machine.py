@@ -227,9 +227,10 @@ class Batch:
         if text.startswith("!"):
             return ~self.read(text[1:], kind)
         if text in self.statement.registers:
-            bits = self.registers[self.statement.registers[text]]
-            if bits.itemsize < DTYPES[kind].itemsize or (bits.dtype == bool) != (kind == "pred"):
-                raise self.unsupported(f"{text} is {bits.dtype}; .{kind} does not fit")
+            number = self.statement.registers[text]
+            bits, of = self.registers[number], self.launch.kernel.types[number]
+            if bits.itemsize < DTYPES[kind].itemsize or (of == "pred") != (kind == "pred"):
+                raise self.unsupported(f"{text} is .{of}; .{kind} does not fit")
         elif text in self.special:
             bits = self.special[text]
         else:

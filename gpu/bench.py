@@ -37,7 +37,7 @@ WIDEST = RESIDUALS[-1]
 QUANTIZING = ("copy", "quantize", "quantize, dynamic scale", "augment", "RMSNorm + augment")
 LIBRARY = ("torch fp16", "torch bf16", "torch nvfp4")
 PRODUCTS = ("exact", "fast", "quantize + exact", "quantize + fast")
-READ = "read weights"  # as many bytes as S = 0 has, and nothing else: no product can be faster
+READ = "read weights"  # as many bytes as S = 0 has, and nothing else
 
 
 class Gpu(NamedTuple):

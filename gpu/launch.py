@@ -214,7 +214,7 @@ class Product:
     shared_bytes: int
 
 
-FEW_ROWS = 16  # up to so many, a product takes as long as reading the weights
+FEW_ROWS = 16  # up to so many, reading the weights is most of what a product takes
 NATIVE = Product("gemm_native", "gemm_native", 128, 128, 128, 4 * (2 * 128 * 32 + 2 * 512))
 EXACT = Product("gemm_portable", "gemm_exact", 128, 128, 256, 2 * (256 * 128 + 256 * 16 + 64))
 FAST = Product("gemm_portable", "gemm_fast", 128, 256, 256, 2 * 384 * 128)

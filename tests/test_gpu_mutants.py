@@ -274,7 +274,7 @@ MUTANTS = {  # architecture, probe, file → changes
             "__funnelshift_l((u32)(signs[i] < 0) << 31, sign, 4)",
         ),
         Mutant(
-            "4.5 rounds to 6",
+            "what is above 4.5 rounds to 6",
             "twos_bits - 4 - below_bits",
             "twos_bits - 5 - below_bits",
         ),
@@ -306,6 +306,8 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
             "__fdiv_rn(__uint_as_float(amax), __fmul_rn(E2M1::largest, tensor_scale))",
         ),
+        Mutant("a reciprocal without its last bits", "__fmul_rn(e, 1.125f)", "0"),
+        Mutant("a step too large for the short division", " && x < power_of_two(90)", ""),
         Mutant(
             "times the reciprocal",
             "return __fmaf_rn(x, y.high, __fmul_rn(x, y.low));",
@@ -546,10 +548,14 @@ def bytes_(face: Face) -> None:
         for package in (emulator, arcquant_ref)
     )
     assert_same_tensor(*both)
+    hardest = np.float32(16777215 * 2.0**-23)  # to divide by
+    ties = np.repeat(neighbours(E2M1.midpoints * hardest), BLOCK).reshape(-1, BLOCK)
+    ties[:, 0] = 6 * hardest
     ends = [(on_boundaries_of_scales(np.float32(s)), s) for s in (0.0007 * 2.0**-85, 1.3 * 2.0**127)]
     for name, *arguments in [
         *(("quantize", *end) for end in ends),
         ("quantize", x, 1.0),
+        ("quantize", ties, hardest),
         ("quantize", on_boundaries_of_scales(small), small),
         ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(2.0**-115), None),
         ("quantize", x * np.float32(2.0**-130), 2.0**-126),

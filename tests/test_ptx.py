@@ -346,7 +346,7 @@ def test_selectors_of_scales_that_no_kernel_has(scales):
         ("mov.u32 nothing, a;", "'nothing' is not a register, a label or a number"),
         ("add.u32 d, a;", "add.u32 is an opcode, or has a modifier or operand, not known here"),
         ("bra nowhere;", "'nowhere' is not a register, a label or a number"),
-        ("cvt.u64.u32 y, a; add.u32 d, y, y; add.u64 y, a, a;", "a is uint32; .u64 does not fit"),
+        ("cvt.u64.u32 y, a; add.u32 d, y, y; add.u64 y, a, a;", "a is .b32; .u64 does not fit"),
         ("bar.warp.sync 255;", "bar.warp.sync is an opcode, or has a modifier or operand, not known here"),
         ("redux.sync.max.u32 d, a, b;", "asks for a part of its warp, and that is not modelled"),
         ("shfl.sync.idx.b32 d, a, 0, 31, -1;", "shfl.sync.idx.b32 is an opcode"),
@@ -356,6 +356,9 @@ def test_selectors_of_scales_that_no_kernel_has(scales):
             "cp.async.ca.shared.global [x], [y], 2;",
             "is an opcode, or has a modifier or operand",
         ),
+        ("cp.async.cg.shared.global [x], [y], 8;", "is an opcode, or has a modifier or operand"),
+        ("ld.param.u32 d, [p_d];", "[p_d] is not a parameter of type .u32"),
+        ("mov.u64 y, p_d;", "'p_d' is not a register, a label or a number"),
         ("atom.global.add.f32 d, [y], a;", "atom.global.add.f32 is an opcode"),
     ],
 )

@@ -3,20 +3,24 @@
 #pragma once
 #include "formats.cuh"
 
-// 1 / y = high + low, for y far from the ends of float32: high · (1 + e + e² + …), high within an ulp of it. A little
-// more than e² stands for what comes after it, which decides where low, without it, is a tie.
+// 1 / y = high · (1 + e + e² + …) = high + low, for y far from the ends of float32. From a guess within two ulps one
+// correction leads to high, next to 1 / y. A little more than e² stands for what comes after it: if y is 2 - 2^-23,
+// low would make a tie without it.
 struct Reciprocal {
     float high, low;
     __device__ constexpr Reciprocal(float high, float low) : high(high), low(low) {}
-    __device__ Reciprocal(float y) : high(rcp_approx(y)) {
+    __device__ Reciprocal(float y) {
+        float guess = rcp_approx(y);
+        high = __fmaf_rn(guess, __fmaf_rn(-y, guess, 1), guess);
         float e = __fmaf_rn(-y, high, 1);
-        low = __fmaf_rn(high, e, __fmul_rn(__fmul_rn(high, e), __fmul_rn(e, 1.125f)));
+        low = __fmul_rn(high, __fmaf_rn(e, __fmul_rn(e, 1.125f), e));
     }
 };
 
 // x / y up to its last bit: it is rounded once from what differs by less than 2^-46 of it, and no quotient of
 // float32 numbers that decides a code comes so near to where float32, E2M1 or E4M3 would round otherwise
-// (tests/test_gpu.py tries all of them: test_the_short_division_decides_every_code_alike).
+// (tests/test_gpu.py tries all of them: test_the_short_division_decides_every_code_alike). Where a product is
+// subnormal more is lost; such quotients are far below the least code, and below the least scale.
 __device__ inline float quotient_of(float x, const Reciprocal &y) {
     return __fmaf_rn(x, y.high, __fmul_rn(x, y.low));
 }

@@ -144,7 +144,7 @@ __device__ inline float max_nan(float a, float b) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
     return d;
 }
-// 1 / x, the last bit or its neighbour; subnormal numbers are zero.
+// 1 / x, rounded or a neighbour of that; subnormal numbers are zero. Section "rcp".
 __device__ inline float rcp_approx(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
