@@ -398,8 +398,8 @@ def found(source):
     """What the interpreter or the compiler says about this augment.cu; None if nothing."""
     face = Face(Changed("120a", SOURCES | {"augment.cu": source}, folder))
     try:
-        face.augment_activations(x[:4], selection)
         face.rmsnorm_augment_activations(x[:4], np.ones(selection.K), 1e-5, selection, 0.01)
+        face.augment_activations(x[:4], selection)
     except (ptx.PtxError, RuntimeError) as error:
         return error
     return None
