@@ -84,11 +84,10 @@ def fma(rounding: str, a: Array, b: Array, c: Array) -> Array:
 
 
 def approximate_reciprocal(a: Array) -> Array:
-    """1 / a rounded, or a neighbour of that where a is odd: PTX allows an ulp. Subnormal numbers are zero,
-    with their sign."""
+    """1 / a rounded, and an ulp less, which PTX allows. Subnormal numbers are zero, with their sign."""
     least = f32(2.0**-126)
     exact = f32(1) / np.where(np.abs(a) < least, a * f32(0), a)
-    exact = np.where(np.isfinite(exact), (exact.view(u32) ^ (a.view(u32) & u32(1))).view(f32), exact)
+    exact = np.where(np.isfinite(exact) & (exact != 0), (exact.view(u32) - u32(1)).view(f32), exact)
     return one_nan(np.where(np.abs(exact) < least, exact * f32(0), exact))
 
 

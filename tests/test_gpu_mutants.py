@@ -306,6 +306,7 @@ MUTANTS = {  # architecture, probe, file → changes
             "__fdiv_rn(__fdiv_rn(__uint_as_float(amax), E2M1::largest), tensor_scale)",
             "__fdiv_rn(__uint_as_float(amax), __fmul_rn(E2M1::largest, tensor_scale))",
         ),
+        Mutant("a guessed reciprocal", "__fmaf_rn(guess, __fmaf_rn(-y, guess, 1), guess)", "guess"),
         Mutant("a reciprocal without its last bits", "__fmul_rn(e, 1.125f)", "0"),
         Mutant("a step too large for the short division", " && x < power_of_two(90)", ""),
         Mutant(
@@ -548,14 +549,15 @@ def bytes_(face: Face) -> None:
         for package in (emulator, arcquant_ref)
     )
     assert_same_tensor(*both)
-    hardest = np.float32(16777215 * 2.0**-23)  # to divide by
-    ties = np.repeat(neighbours(E2M1.midpoints * hardest), BLOCK).reshape(-1, BLOCK)
-    ties[:, 0] = 6 * hardest
+    hard = [np.float32(significand * 2.0**-23) for significand in (16777214, 16777215)]  # to divide by
+    ties = [np.repeat(neighbours(E2M1.midpoints * step)[:, None], BLOCK, axis=1) for step in hard]
+    for blocks, step in zip(ties, hard):
+        blocks[:, 0] = 6 * step
     ends = [(on_boundaries_of_scales(np.float32(s)), s) for s in (0.0007 * 2.0**-85, 1.3 * 2.0**127)]
     for name, *arguments in [
         *(("quantize", *end) for end in ends),
         ("quantize", x, 1.0),
-        ("quantize", ties, hardest),
+        *(("quantize", *one) for one in zip(ties, hard)),
         ("quantize", on_boundaries_of_scales(small), small),
         ("quantize", np.where(x == 0, np.float32(-0.0), x) * np.float32(2.0**-115), None),
         ("quantize", x * np.float32(2.0**-130), 2.0**-126),
