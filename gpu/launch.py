@@ -14,7 +14,6 @@ from .device import ITEMSIZE, Array, Device
 
 THREADS = 256
 TILE_ROWS, TILE_SCALES = 128, 4  # of swizzled scales
-STEP = 64  # of a product, along K
 LARGEST_DIMENSION = 2**31 - 2 * THREADS  # indices along one dimension are int
 MOST_BLOCKS_Y = 2**16 - 1  # CUDA programming guide, technical specifications per compute capability
 INPUTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype → suffix of the kernels
