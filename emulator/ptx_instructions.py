@@ -168,6 +168,15 @@ def permute(a: Array, b: Array, selectors: Array) -> Array:
     return np.where(chosen & u32(8), picked.view(np.int8) >> 7, picked.view(np.int8)).view(u32)[:, 0]
 
 
+def by_table(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """Each bit is that of the table whose number the bits of a, b and c make."""
+    found = np.zeros_like(a)
+    for i in range(8):
+        here = [x if i >> n & 1 else ~x for x, n in ((a, 2), (b, 1), (c, 0))]
+        found |= here[0] & here[1] & here[2] & -(table >> u32(i) & u32(1))
+    return found
+
+
 def reverse(a: Array) -> Array:
     return np.packbits(np.unpackbits(a.byteswap().view(u8)), bitorder="little").view(u32)
 
@@ -203,6 +212,7 @@ ELEMENTWISE: dict[str, tuple[str, Callable[..., Array]]] = {
     rf"shr\.{INTEGER}": ("t u32", partial(shift, np.right_shift)),
     r"shf\.l\.wrap\.b32": ("b32 b32 u32", funnel_left),
     r"bfi\.b32": ("b32 b32 u32 u32", insert),
+    r"lop3\.b32": ("b32 b32 b32 u32", by_table),
     r"prmt\.b32": ("b32 b32 b32", permute),
     r"brev\.b32": ("b32", reverse),
     r"clz\.b32": ("b32", leading_zeros),

@@ -189,8 +189,10 @@ def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True)
 def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) -> Array:
     """The same with a certain kernel, one of `products`."""
     (m, k), (n, _) = a.shape, b.shape
-    columns = _filled(n, TILE_ROWS) if plan in SMALL else n  # of which it takes some in all four quarters
-    grid = (-(-m // plan.tile_m), -(-columns // plan.tile_n), 1)
+    if plan in SMALL:
+        grid = (1, min(_small_tiles(n), AT_ONCE), 1)  # and each takes every so manieth tile
+    else:
+        grid = (-(-m // plan.tile_m), -(-n // plan.tile_n), 1)
     if grid[1] > MOST_BLOCKS_Y:
         most = MOST_BLOCKS_Y * plan.tile_n // TILE_ROWS * TILE_ROWS
         raise ValueError(f"b has {n} rows; {plan.kernel} takes up to {most}. Split b.")
@@ -218,9 +220,11 @@ NATIVE = Product("gemm_native", "gemm_native", 128, 128, 128, 4 * (2 * 128 * 32 
 EXACT = Product("gemm_portable", "gemm_exact", 128, 128, 256, 2 * (256 * 128 + 256 * 16 + 64))
 FAST = Product("gemm_portable", "gemm_fast", 128, 256, 256, 2 * 384 * 128)
 SMALL = [
-    Product("gemm_small", f"gemm_small_{m}x{n}", m, n, 256, 8 * stages * (n * (64 + 8) + m * (64 + 32)))
+    Product(
+        "gemm_small", f"gemm_small_{m}_{ahead}", m, 32, 256, 8 * (ahead * (32 * 72 + m * 96) + m * 36 * 4)
+    )
     for m in (8, FEW_ROWS)
-    for n, stages in ((64, 2), (32, 3))
+    for ahead in (1, 2)  # pieces that each warp has on its way
 ]
 HOPPER = [
     Product(
@@ -228,6 +232,9 @@ HOPPER = [
     )
     for m, n in ((128, 256), (64, 128), (64, 64))
 ]
+AT_ONCE = (
+    256  # thread blocks of `SMALL` at most: 124 of an H100's 132 multiprocessors have two, and 8 have one
+)
 BUSY = 90  # thread blocks that keep a GPU busy: a Hopper GPU has 132 multiprocessors at most
 
 
@@ -242,10 +249,18 @@ def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
 
 
 def product(arch: str, m: int, n: int, k: int, exact: bool) -> Product:
-    """The one for (M, K) by (N, K): the largest tile whose last 64 rows M reaches, if there are many."""
+    """The one for (M, K) by (N, K): the largest tile whose last 64 rows M reaches, if there are many; for few rows
+    the one that has as much on its way to a multiprocessor with one thread block as to one with two."""
     plans = products(arch, m, k, exact)
+    if m <= FEW_ROWS and not exact:
+        return plans[_small_tiles(n) <= AT_ONCE // 2]
     fit = (plan for plan in plans if m > plan.tile_m - 64 and _blocks(plan, m, n) >= BUSY)
     return next(fit, plans[-1])
+
+
+def _small_tiles(n: int) -> int:
+    """A tile has some columns in each quarter of 128, whose scales lie together."""
+    return _filled(n, TILE_ROWS) // SMALL[0].tile_n
 
 
 def _blocks(plan: Product, m: int, n: int) -> int:

@@ -327,7 +327,7 @@ def _filled(n: int, unit: int) -> int:
 
 def page(results: Mapping[Case, Result]) -> Iterator[str]:
     version = ".".join(map(str, load.nvrtc()[1]))
-    few = f"rows of x in gemm_small_16x*: {FEW}, _8x*: {FEWER}"
+    few = f"rows of x in gemm_small_16_*: {FEW}, _8_*: {FEWER}"
     yield f"x ({M}, {K}) bf16, weights ({N}, {K}), S = {S}; {few}"
     yield f"compiled by NVRTC {version}. {spills()}"
     for arch in ON:

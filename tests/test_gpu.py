@@ -373,6 +373,19 @@ def test_few_rows(face, m, n, blocks, seed):
 
 
 @on_every_device
+@pytest.mark.parametrize("m", [5, 12])
+@few
+@given(n=st.integers(1, 270), blocks=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
+def test_few_rows_of_thread_blocks_that_stay(face, m, n, blocks, seed):
+    """Three of them for up to twelve tiles of columns; K up to 640, so that some warps have nothing to do."""
+    rng = np.random.default_rng(seed)
+    a, b = (tensor_with_scales("spread", rng, (rows, blocks * BLOCK)) for rows in (m, n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "AT_ONCE", 3)
+        assert_fast_product(face, a, b)
+
+
+@on_every_device
 def test_a_subnormal_number_has_the_exponent_of_the_least_normal_one(face):
     """2688 · 2^-10 + 2^-10 · 2^-10: with exponents 11 + 0 the second product is below 2^(11 − 25) and is cut
     off; with 11 − 10, as in the product of many rows, where no number is subnormal, it is kept."""

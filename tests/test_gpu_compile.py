@@ -109,10 +109,10 @@ def test_tiles_are_as_large_as_leaves_many_of_them():
         (64, 28672): "gemm_hopper_64x128",  # a second half of 128 rows would be empty
         (256, 4096): "gemm_hopper_64x128",
         (128, 2880): "gemm_hopper_64x64",
-        (16, 28672): "gemm_small_16x64",
-        (8, 28672): "gemm_small_8x64",
-        (9, 4096): "gemm_small_16x32",
-        (1, 4096): "gemm_small_8x32",
+        (16, 28672): "gemm_small_16_1",
+        (8, 4097): "gemm_small_8_1",  # more tiles than half of the blocks that there are at once
+        (9, 4096): "gemm_small_16_2",
+        (1, 4096): "gemm_small_8_2",
     }.items():
         assert launch.product("90a", m, n, 4096, exact=False).kernel == kernel
     assert launch.product("90a", 64, 64, 4112, exact=False) == launch.FAST

@@ -162,42 +162,66 @@ MUTANTS = {  # architecture, probe, file → changes
         ),
     ],
     ("80", "few", "gemm_small.cu"): [
-        Mutant("small: sums added backwards", "sums[w * M * LINE + at]", "sums[(WARPS - w) * M * LINE + at]"),
-        Mutant(
-            "small: no wait for cp.async", "cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>", IN_FLIGHT
-        ),
+        Mutant("small: sums added backwards", "from[w * M * LINE]", "from[(WARPS - w) * M * LINE]"),
+        Mutant("small: no wait for cp.async", "cp_async_wait<AHEAD - 1>", "cp_async_wait<AHEAD>", IN_FLIGHT),
         Mutant(
             "small: lanes do not wait for each other",
-            ("        __syncwarp();                // of all; and no lane reads the piece before any more\n"),
+            "            __syncwarp();               // of all\n",
             "",
             UNORDERED,
         ),
         Mutant(
-            "small: sums written over stages in use",
-            "    __syncthreads(); // the stages are free for the sums\n",
+            "small: a piece is copied over what lanes still read",
+            "            __syncwarp(); // all have read it: another one may come here\n",
             "",
             UNORDERED,
         ),
-        Mutant("small: scales of the other block", "t < 2 ? 0x4420 : 0x4431", "t < 2 ? 0x4431 : 0x4420"),
+        Mutant(
+            "small: sums written over those of the tile before",
+            "        __syncthreads(); // the sums of the tile before are read\n",
+            "",
+            UNORDERED,
+        ),
+        Mutant(
+            "small: sums read before they are there",
+            "        __syncthreads();\n        int lane = threadIdx.x % 32, row = row_of(tile, lane);\n",
+            "        int lane = threadIdx.x % 32, row = row_of(tile, lane);\n",
+            UNORDERED,
+        ),
+        Mutant("small: always the same stage", "read = read ? 0 : Piece<M>::bytes", "read = 0"),
+        Mutant(
+            "small: the first tile of B again",
+            "piece = threadIdx.x / 32, aim();",
+            "piece = threadIdx.x / 32;",
+        ),
+        Mutant(
+            "small: the next tile is left out", "tile += gridDim.y, piece", "tile += 2 * gridDim.y, piece"
+        ),
+        Mutant("small: scales of the other block", "4 < 2 ? 0x4420 : 0x4431", "4 < 2 ? 0x4431 : 0x4420"),
         Mutant("small: scale of the other chunk", "mul_f16x2_by<1>(second", "mul_f16x2_by<0>(second"),
-        Mutant("small: the scale's sign counts", "(four) & MAGNITUDES", "(four)"),
-        Mutant("small: scales of rows 8 further", "scale_offset(16 * j + g + 8)", "scale_offset(16 * j + g)"),
+        Mutant("small: the scale's sign counts", "four & MAGNITUDES", "four"),
+        Mutant("small: scales of another quarter", "[1] = word(scales + 4)", "[1] = word(scales + 8)"),
         Mutant("small: odd k with even k of A", "odd, of_a[i][c][2]", "odd, of_a[i][c][0]"),
         Mutant(
             "small: rows 8 further first",
             "{upper[c][0], lower[c][0], upper[c][1]",
             "{lower[c][0], upper[c][0], upper[c][1]",
         ),
+        Mutant("small: rows of another quarter", "? k / 16 * (4 * i) : 0", "? k / 16 * (4 * (i ^ 1)) : 0"),
+        Mutant("small: a block of rows twice", "tile % 4 * 8 + i % 8", "tile % 4 / 2 * 8 + i % 8"),
+        Mutant("small: the first row is not read", "i >= OF_B && !inside ? 0", "i >= OF_B && inside ? 0"),
+        Mutant("small: another bit is the sign", "codes << 1, codes << 4)", "codes << 1, codes << 5)"),
         Mutant(
-            "small: rows of another quarter", "i / LINES * 32 + i % LINES; }", "i / LINES * 64 + i % LINES; }"
+            "small: signs of odd numbers as fields",
+            "select_bits(fields, codes >> 3",
+            "select_bits(~fields, codes >> 3",
         ),
-        Mutant(
-            "small: a block of rows twice", "blockIdx.y % PARTS * LINES", "blockIdx.y % PARTS / 2 * LINES"
-        ),
-        Mutant("small: the first row is not read", "ROWS / 8 && !inside ? 0", "ROWS / 8 && inside ? 0"),
     ],
-    ("80", "few", "tiles.cuh"): [
-        Mutant("small: another bit is the sign", "(codes << 4 & signs)", "(codes << 5 & signs)"),
+    ("80", "few", "ptx.cuh"): [
+        Mutant("small: bits of the other one", "%3, 0xE4;", "%3, 0xD8;"),
+    ],
+    ("80", "fast", "tiles.cuh"): [
+        Mutant("fast: another bit is the sign", "(codes << 4 & signs)", "(codes << 5 & signs)"),
     ],
     ("90a", "hopper", "tiles.cuh"): [
         Mutant("hopper: half of A and half of B", "0x74007400", "0x70007000"),
@@ -458,10 +482,16 @@ def few(face: Face) -> None:
         a, b = (
             replace(tensor_with_scales(kind, rng, (rows, blocks * BLOCK)), tensor_scale=1) for rows in (m, n)
         )
-        packed = face.pack(a), face.pack(b)
+        packed, expected = (face.pack(a), face.pack(b)), emulator.matmul_fp16_split_k(a, b)
         for plan in launch.products("80", m, a.shape[1], exact=False):
-            y = face.device.download(launch.multiply(face.device, plan, *packed))
-            assert_same_bits(y, emulator.matmul_fp16_split_k(a, b))
+            for at_once in (
+                launch.AT_ONCE,
+                3,
+            ):  # if there are more tiles than blocks, blocks go on to the next
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(launch, "AT_ONCE", at_once)
+                    y = face.device.download(launch.multiply(face.device, plan, *packed))
+                assert_same_bits(y, expected)
 
 
 def stress(rng: np.random.Generator, rows: int, k: int) -> np.ndarray:

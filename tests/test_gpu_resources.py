@@ -77,13 +77,14 @@ def test_operations_are_those_of_the_formulas(arch):
 
 def test_a_product_of_more_rows_than_a_grid_has_is_refused():
     device, parts = resources.Recorder("80"), dict.fromkeys(("codes", "scales", "tensor_scale", "largest"))
-    a, most, more = (launch.PackedTensor(**parts, shape=(n, 16)) for n in (1, 4194176, 4194177))
+    few, a, most, more = (
+        launch.PackedTensor(**parts, shape=(n, 16)) for n in (16, 17, 65535 * 256, 65535 * 256 + 1)
+    )
     launch.matmul(device, a, most, exact=False)
-    with pytest.raises(
-        ValueError, match=r"b has 4194177 rows; gemm_small_8x64 takes up to 4194176\. Split b\."
-    ):
+    with pytest.raises(ValueError, match=r"b has 16776961 rows; gemm_fast takes up to 16776960\. Split b\."):
         launch.matmul(device, a, more, exact=False)
-    assert [of.blocks for of in device.launches] == [65534]
+    launch.matmul(device, few, more, exact=False)  # its thread blocks stay
+    assert [of.blocks for of in device.launches] == [65535, launch.AT_ONCE]
 
 
 @pytest.mark.parametrize("arch", resources.ON)

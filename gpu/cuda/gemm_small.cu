@@ -6,116 +6,145 @@
 // from +0, and the eight sums are added in order, rounded to nearest.
 // Equals emulator/gemm.py: matmul_fp16_split_k.
 //
-// Launch: grid (1, 128/ROWS · ⌈N/128⌉), 256 threads. A block takes ROWS/4 rows of B, and as many 32, 64 and 96
-// further, of a tile of 128: their scales are neighbouring bytes for each 64 along K. Dynamic shared memory: STAGES
-// pieces for each warp, which waits for nobody but itself.
+// Launch: grid (1, any), 256 threads. A thread block takes every gridDim.y-th tile of 32 rows of B: of 128 rows, eight
+// in each quarter, as their scales are neighbouring bytes for each 64 along K. Dynamic shared memory: AHEAD pieces for
+// each warp, which waits for nobody but itself, and goes on to read the next tile before this one is done; its sums.
 #include "tiles.cuh"
 
-constexpr int WARPS = 8, PIECE = 128, ROW_BYTES = PIECE / 2, STEPS = PIECE / 64;
+constexpr int WARPS = 8, ROWS = 32, PIECE = 128, ROW_BYTES = PIECE / 2, STEPS = PIECE / 64;
+constexpr int LINE = ROWS + 4;         // floats in a line of sums: no two lanes meet in a bank
 constexpr u32 MAGNITUDES = 0x7F7F7F7F; // of four scales
 extern __shared__ uint4 shared[];
 
-template <int M, int ROWS> struct Stage { // rows of B, rows of A, their scales
+template <int M> struct Piece { // rows of B, rows of A, their scales
     static constexpr int SCALES = ROWS * 4; // of B, for one step of 64
     static constexpr int a_codes = ROWS * ROW_BYTES, b_scales = a_codes + M * ROW_BYTES;
     static constexpr int a_scales = b_scales + STEPS * SCALES, bytes = a_scales + STEPS * M * 16;
-    static constexpr int STAGES = ROWS == 32 ? 3 : 2;
 };
 
 // Four chunks of 16 bytes a row, turned so that the same chunk of 8 rows meets all 32 banks once.
 __device__ inline int chunk_offset(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ row >> 1) & 3) * 16; }
 
-template <int ROWS> struct Tile { // of B: LINES rows in each quarter of 128
-    static constexpr int LINES = ROWS / 4, PARTS = 32 / LINES;
-    __device__ static int row(int i) {
-        return blockIdx.y / PARTS * 128 + i / LINES * 32 + blockIdx.y % PARTS * LINES + i % LINES;
-    }
-    __device__ static int further(int i) { return i / LINES * 32 + i % LINES; } // than row 0 of it
-};
+__device__ inline int row_of(int tile, int i) { return tile / 4 * 128 + i / 8 * 32 + tile % 4 * 8 + i % 8; }
+__device__ inline int count_tiles(int rows) { return (rows + 127) / 128 * 4; }
+
+// As fp16_pairs, but (2, 6), (0, 4), (3, 7), (1, 5), and by logic instead of byte permutations. A shift to the left is
+// a multiplication to the machine: where there are few others, as here, it costs less than what it saves.
+__device__ inline void fp16_pairs_by_logic(u32 (&pairs)[4], u32 codes) {
+    constexpr u32 fields = 0x0E0E0E0E, both = 0x8E008E00;
+    u32 even = select_bits(fields, codes << 1, codes << 4), odd = select_bits(fields, codes >> 3, codes);
+    pairs[0] = even & both, pairs[1] = even << 8 & both;
+    pairs[2] = odd & both, pairs[3] = odd << 8 & both;
+}
 
 // What a lane copies of each piece: a chunk of every eighth row of B, then of A, and 16 bytes of scales of each.
-// Instead of a row that is not there it takes row 0, what comes of it is not stored; of A and M = 8 it takes nothing,
-// as most are not there. WHOLE: K is a multiple of 32; else a row starts at a multiple of 8 bytes only.
-template <int M, int ROWS, bool WHOLE> struct Copies {
-    typedef Stage<M, ROWS> S;
-    typedef Tile<ROWS> T;
-    static constexpr int COUNT = (ROWS + M) / 8;
+// Instead of a row that is not there it takes another one, what comes of it is not stored; of A and M = 8 it takes
+// nothing, as most are not there. WHOLE: K is a multiple of 32; else a row starts at a multiple of 8 bytes only.
+template <int M, bool WHOLE> struct Copies {
+    typedef Piece<M> P;
+    static constexpr int OF_B = ROWS / 8, COUNT = OF_B + M / 8;
+    const Operand &b;
     const u8 *b_codes, *a_codes, *b_scales, *a_scales; // of the first row
     u32 further[COUNT], to;                            // how far the others are, in pieces of a row
     u32 inside;                                        // 1 if there is a first row of A
-    int k, tiles;
+    int k, steps, pieces, tile, piece;                 // the next one to copy
 
-    __device__ Copies(const Operand &a, const Operand &b) : k(a.k), tiles(a.tiles()) {
-        int lane = threadIdx.x % 32, chunk = lane % 4;
-        to = chunk_offset(lane / 4, chunk);
-        int row_b = T::row(lane / 4), row_a = lane / 4;
-        b_codes = b.row(row_b < b.rows ? row_b : 0) + chunk * 16;
-        a_codes = a.row(row_a < a.rows ? row_a : 0) + chunk * 16;
+    __device__ Copies(const Operand &a, const Operand &b)
+        : b(b), k(a.k), steps(a.tiles()), pieces((steps + STEPS - 1) / STEPS), tile(blockIdx.y),
+          piece(threadIdx.x / 32) {
+        int lane = threadIdx.x % 32, row = lane / 4;
+        to = chunk_offset(row, lane % 4);
+        a_codes = a.row(row < a.rows ? row : 0) + lane % 4 * 16;
+        a_scales = a.scales + lane / M * 512 + lane % M * 16; // of each row, with those of three that are not there
+        inside = row < a.rows;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) { // 8 rows are k / 16 pieces
-            int rows = i < ROWS / 8 ? T::further(8 * i) : 8 * i - ROWS;
-            bool there = i < ROWS / 8 ? row_b + rows < b.rows : row_a + rows < a.rows;
-            further[i] = there ? k / 16 * (rows / 8) : 0;
-        }
-        inside = row_a < a.rows;
-        b_scales = b.scales + (size_t)(blockIdx.y / T::PARTS) * tiles * 512 + lane / T::LINES * 512 +
-                   blockIdx.y % T::PARTS * S::SCALES + lane % T::LINES * 16;
-        a_scales = a.scales + lane / M * 512 + lane % M * 16; // a row's four bytes, and those of three that are not there
-        keep(b_codes), keep(a_codes), keep(b_scales), keep(to), keep(inside);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) keep(further[i]);
+        for (int i = 0; i < M / 8; i++) further[OF_B + i] = row + 8 * i < a.rows ? k / 16 * i : 0;
+        aim();
+        keep(a_codes), keep(a_scales), keep(to), keep(inside);
     }
 
-    __device__ void start(u32 stage, int piece) const {
-        int lane = threadIdx.x % 32, step = piece * STEPS;
-        int left = k / 2 - piece * ROW_BYTES - lane % 4 * 16; // bytes of a row from this chunk on
+    __device__ void aim() { // at this tile
+        int lane = threadIdx.x % 32, row = row_of(tile, lane / 4);
+        b_codes = b.row(row < b.rows ? row : 0) + lane % 4 * 16;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
-            u32 at = stage + to + i * 8 * ROW_BYTES;
-            const u8 *from = (i < ROWS / 8 ? b_codes : a_codes) + (u64)(further[i] + piece) * ROW_BYTES;
-            int bytes = M == 8 && i >= ROWS / 8 && !inside ? 0 : left;
-            if (!WHOLE) {
-                cp_async8(at, from, bytes > 0 ? 8 : 0), cp_async8(at + 8, from + 8, bytes > 8 ? 8 : 0);
-            } else if (i < ROWS / 8) {
-                cp_async16(at, from, bytes > 0 ? 16 : 0);
-            } else {
-                cp_async16_l1(at, from, bytes > 0 ? 16 : 0);
+        for (int i = 0; i < OF_B; i++) further[i] = row + 32 * i < b.rows ? k / 16 * (4 * i) : 0; // 8 rows: k / 16
+        b_scales = b.scales + ((size_t)(tile / 4) * steps + lane / 8) * 512 + tile % 4 * P::SCALES + lane % 8 * 16;
+    }
+
+    __device__ void start(u32 stage) {
+        if (tile < count_tiles(b.rows)) {
+            int lane = threadIdx.x % 32, step = piece * STEPS;
+            int left = k / 2 - piece * ROW_BYTES - lane % 4 * 16; // bytes of a row from this chunk on
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) { // 8 rows further the chunks are turned the same way
+                u32 at = stage + to + i * 8 * ROW_BYTES;
+                const u8 *from = (i < OF_B ? b_codes : a_codes) + (u64)(further[i] + piece) * ROW_BYTES;
+                int bytes = M == 8 && i >= OF_B && !inside ? 0 : left;
+                if (!WHOLE) {
+                    cp_async8(at, from, bytes > 0 ? 8 : 0), cp_async8(at + 8, from + 8, bytes > 8 ? 8 : 0);
+                } else if (i < OF_B) {
+                    cp_async16(at, from, bytes > 0 ? 16 : 0);
+                } else {
+                    cp_async16_l1(at, from, bytes > 0 ? 16 : 0);
+                }
             }
+            if (lane < STEPS * P::SCALES / 16)
+                cp_async16(stage + P::b_scales + lane * 16, b_scales + step * 512, step + lane / 8 < steps ? 16 : 0);
+            if (lane < STEPS * M)
+                cp_async16_l1(stage + P::a_scales + lane * 16, a_scales + step * 512, step + lane / M < steps ? 16 : 0);
+            piece += WARPS;
+            if (piece >= pieces) tile += gridDim.y, piece = threadIdx.x / 32, aim();
         }
-        if (lane < STEPS * S::SCALES / 16)
-            cp_async16(stage + S::b_scales + lane * 16, b_scales + step * 512, step + lane / T::LINES < tiles ? 16 : 0);
-        if (lane < STEPS * M)
-            cp_async16_l1(stage + S::a_scales + lane * 16, a_scales + step * 512, step + lane / M < tiles ? 16 : 0);
+        cp_async_commit();
     }
 };
 
-template <int M, int ROWS> struct Sums {
-    typedef Stage<M, ROWS> S;
-    static constexpr int TILES = ROWS / 16, LINE = ROWS + 4; // floats in a line of sums: no two lanes meet in a bank
-    float acc[TILES][M / 8][4] = {};                         // times 2^-28
+// A piece in registers: codes, of two chunks in turn, and four scales of row g, g + 8, …
+template <int M> struct Fragments {
+    typedef Piece<M> P;
+    static constexpr int TILES = ROWS / 16;
+    u32 a_codes[STEPS][M / 8][2], a_scales[STEPS][M / 8], b_codes[STEPS][TILES][4], b_scales[STEPS][TILES][2];
 
-    __device__ void add_piece(const u8 *stage, u32 address) {
-        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    __device__ Fragments(const u8 *stage, u32 address) {
+        int lane = threadIdx.x % 32, g = lane / 4;
         int to_a = chunk_offset(lane % 8, lane / 8 % 2), to_b = chunk_offset(lane % 16, lane / 16);
-        // Of a chunk, lanes 0 and 1 of a quad have a block, 2 and 3 the next one: of four scales, those of this lane.
-        u32 mine = t < 2 ? 0x4420 : 0x4431;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+            for (int i = 0; i < M / 8; i++) {
+                ldmatrix_x2(a_codes[step][i], (address + to_a ^ 32 * step) + P::a_codes + 8 * i * ROW_BYTES);
+                a_scales[step][i] = word(stage + P::a_scales + (step * M + 8 * i + g) * 16);
+            }
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+                ldmatrix_x4(b_codes[step][j], (address + to_b ^ 32 * step) + 16 * j * ROW_BYTES);
+                const u8 *scales = stage + P::b_scales + step * P::SCALES + g * 16 + 8 * j; // of two quarters
+                b_scales[step][j][0] = word(scales), b_scales[step][j][1] = word(scales + 4);
+            }
+        }
+    }
+    __device__ static u32 word(const u8 *from) { return *reinterpret_cast<const u32 *>(from); }
+};
+
+template <int M> struct Sums {
+    static constexpr int TILES = ROWS / 16;
+    float acc[TILES][M / 8][4] = {}; // times 2^-28
+
+    __device__ void add(const Fragments<M> &piece) {
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             u32 of_a[M / 8][2][4]; // of row g, two chunks
 #pragma unroll
             for (int i = 0; i < M / 8; i++) {
-                u32 codes[2];
-                ldmatrix_x2(codes, (address + to_a ^ 32 * step) + S::a_codes + 8 * i * ROW_BYTES);
-                u32 scales = my_scales(stage + S::a_scales + (step * M + 8 * i + g) * 16, mine);
-                decode(of_a[i][0], of_a[i][1], codes[0], codes[1], scales);
+                const u32 (&codes)[2] = piece.a_codes[step][i];
+                decode(of_a[i][0], of_a[i][1], codes[0], codes[1], piece.a_scales[step][i]);
             }
 #pragma unroll
             for (int j = 0; j < TILES; j++) {
-                u32 codes[4], upper[2][4], lower[2][4]; // of rows g and g + 8, two chunks
-                ldmatrix_x4(codes, (address + to_b ^ 32 * step) + 16 * j * ROW_BYTES);
-                const u8 *scales = stage + S::b_scales + step * S::SCALES;
-                decode(upper[0], upper[1], codes[0], codes[2], my_scales(scales + scale_offset(16 * j + g), mine));
-                decode(lower[0], lower[1], codes[1], codes[3], my_scales(scales + scale_offset(16 * j + g + 8), mine));
+                const u32 (&codes)[4] = piece.b_codes[step][j], (&scales)[2] = piece.b_scales[step][j];
+                u32 upper[2][4], lower[2][4]; // of rows g and g + 8, two chunks
+                decode(upper[0], upper[1], codes[0], codes[2], scales[0]);
+                decode(lower[0], lower[1], codes[1], codes[3], scales[1]);
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const u32 even[4] = {upper[c][0], lower[c][0], upper[c][1], lower[c][1]};
@@ -130,16 +159,12 @@ template <int M, int ROWS> struct Sums {
         }
     }
 
-    __device__ static int scale_offset(int row) { return row % Tile<ROWS>::LINES * 16 + row / Tile<ROWS>::LINES * 4; }
-
-    // fp16, the scale for the first chunk and for the second.
-    __device__ static u32 my_scales(const u8 *four, u32 mine) {
-        return f16x2_of_e4m3x2(__byte_perm(*reinterpret_cast<const u32 *>(four) & MAGNITUDES, 0, mine));
-    }
-
-    // Eight codes of each chunk times their scale, times 2^-14: pairs of even k, then of odd k.
-    __device__ static void decode(u32 (&first)[4], u32 (&second)[4], u32 codes0, u32 codes1, u32 scales) {
-        fp16_pairs(first, codes0), fp16_pairs(second, codes1);
+    // Eight codes of each chunk times their scale, times 2^-14: pairs of even k, then of odd k. Of a chunk, lanes 0 and
+    // 1 of a quad have a block, 2 and 3 the next one: of the four scales, those of this lane.
+    __device__ static void decode(u32 (&first)[4], u32 (&second)[4], u32 codes0, u32 codes1, u32 four) {
+        u32 mine = threadIdx.x % 4 < 2 ? 0x4420 : 0x4431;
+        u32 scales = f16x2_of_e4m3x2(__byte_perm(four & MAGNITUDES, 0, mine));
+        fp16_pairs_by_logic(first, codes0), fp16_pairs_by_logic(second, codes1);
 #pragma unroll
         for (int p = 0; p < 4; p++) {
             first[p] = mul_f16x2_by<0>(first[p], scales);
@@ -160,61 +185,55 @@ template <int M, int ROWS> struct Sums {
     }
 };
 
-template <int M, int ROWS, bool WHOLE>
+template <int M, int AHEAD, bool WHOLE>
 __device__ inline void small(const Operand &a, const Operand &b, float scale, float *y) {
-    typedef Stage<M, ROWS> S;
-    constexpr int STAGES = S::STAGES, LINE = Sums<M, ROWS>::LINE;
+    constexpr int OF_WARP = AHEAD * Piece<M>::bytes;
     int pieces = (a.tiles() + STEPS - 1) / STEPS, warp = threadIdx.x / 32;
-    int mine = warp * STAGES * S::bytes;
-    const u8 *stages = reinterpret_cast<const u8 *>(shared) + mine;
-    u32 to = shared_address(shared) + mine;
+    const u8 *stages = reinterpret_cast<const u8 *>(shared) + warp * OF_WARP;
+    u32 to = shared_address(shared) + warp * OF_WARP, read = 0;
+    float *sums = reinterpret_cast<float *>(reinterpret_cast<u8 *>(shared) + WARPS * OF_WARP); // (WARPS, M, LINE)
 
-    const Copies<M, ROWS, WHOLE> copies(a, b);
-    Sums<M, ROWS> warp_sums;
-    for (int s = 0; s < STAGES - 1; s++) {
-        if (warp + WARPS * s < pieces) copies.start(to + s * S::bytes, warp + WARPS * s);
-        cp_async_commit();
-    }
-    constexpr u32 last = (STAGES - 1) * S::bytes;
-    u32 read = 0, filled = last; // stages
-    for (int piece = warp; piece < pieces; piece += WARPS) {
-        cp_async_wait<STAGES - 2>(); // this piece has arrived, of this lane's copies
-        __syncwarp();                // of all; and no lane reads the piece before any more
-        int next = piece + WARPS * (STAGES - 1);
-        if (next < pieces) copies.start(to + filled, next);
-        cp_async_commit();
-        warp_sums.add_piece(stages + read, to + read);
-        filled = read, read = read == last ? 0 : read + S::bytes;
-    }
-    cp_async_wait<0>();
-    __syncthreads(); // the stages are free for the sums
-
-    float *sums = reinterpret_cast<float *>(shared); // (WARPS, M, LINE)
-    warp_sums.store(sums + warp * M * LINE);
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * M; i += WARPS * 32) {
-        int m = i / ROWS, at = m * LINE + i % ROWS, row = Tile<ROWS>::row(i % ROWS);
-        float sum = sums[at];
-        for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, sums[w * M * LINE + at]);
-        sum = __fmul_rn(sum, power_of_two(28));
-        if (row < b.rows && m < a.rows) y[(size_t)m * b.rows + row] = __fmul_rn(sum, scale);
+    Copies<M, WHOLE> copies(a, b);
+    for (int s = 0; s < AHEAD; s++) copies.start(to + s * Piece<M>::bytes);
+    for (int tile = blockIdx.y; tile < count_tiles(b.rows); tile += gridDim.y) {
+        Sums<M> of_warp;
+        for (int piece = warp; piece < pieces; piece += WARPS) {
+            cp_async_wait<AHEAD - 1>(); // this piece has arrived, of this lane's copies
+            __syncwarp();               // of all
+            const Fragments<M> fragments(stages + read, to + read);
+            __syncwarp(); // all have read it: another one may come here
+            copies.start(to + read);
+            if (AHEAD > 1) read = read ? 0 : Piece<M>::bytes;
+            of_warp.add(fragments);
+        }
+        __syncthreads(); // the sums of the tile before are read
+        of_warp.store(sums + warp * M * LINE);
+        __syncthreads();
+        int lane = threadIdx.x % 32, row = row_of(tile, lane);
+        for (int m = warp; m < M && m < a.rows; m += WARPS) {
+            const float *from = sums + m * LINE + lane;
+            float sum = from[0];
+            for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, from[w * M * LINE]);
+            sum = __fmul_rn(sum, power_of_two(28));
+            if (row < b.rows) y[(size_t)m * b.rows + row] = __fmul_rn(sum, scale);
+        }
     }
 }
 
-#define SMALL(M, ROWS)                                                                                       \
+#define SMALL(M, AHEAD)                                                                                      \
     extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)                                              \
-        gemm_small_##M##x##ROWS(const u8 *a_codes, const u8 *a_scales, const float *a_tensor_scale,          \
-                                const u8 *b_codes, const u8 *b_scales, const float *b_tensor_scale, int m,   \
-                                int n, int k, float *y) {                                                    \
+        gemm_small_##M##_##AHEAD(const u8 *a_codes, const u8 *a_scales, const float *a_tensor_scale,         \
+                                 const u8 *b_codes, const u8 *b_scales, const float *b_tensor_scale, int m,  \
+                                 int n, int k, float *y) {                                                   \
         const Operand a = {a_codes, a_scales, m, k}, b = {b_codes, b_scales, n, k};                          \
         float scale = __fmul_rn(*a_tensor_scale, *b_tensor_scale);                                           \
         if (k % 32 == 0) {                                                                                   \
-            small<M, ROWS, true>(a, b, scale, y);                                                            \
+            small<M, AHEAD, true>(a, b, scale, y);                                                           \
         } else {                                                                                             \
-            small<M, ROWS, false>(a, b, scale, y);                                                           \
+            small<M, AHEAD, false>(a, b, scale, y);                                                          \
         }                                                                                                    \
     }
-SMALL(8, 32)
-SMALL(16, 32)
-SMALL(8, 64)
-SMALL(16, 64)
+SMALL(8, 1)
+SMALL(16, 1)
+SMALL(8, 2)
+SMALL(16, 2)

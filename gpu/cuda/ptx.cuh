@@ -12,6 +12,12 @@ __device__ inline void keep(u8 *&x) { asm volatile("" : "+l"(x)); }
 __device__ inline void keep(u32 &x) { asm volatile("" : "+r"(x)); }
 __device__ inline void keep(float &x) { asm volatile("" : "+f"(x)); }
 
+// Bits of a where `mask` has ones, of b elsewhere, by one instruction. Section "lop3".
+__device__ inline u32 select_bits(u32 mask, u32 a, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+    return d;
+}
 // c + pairs' lower or upper half times `each`, below 256. Section "dp2a".
 template <bool UPPER> __device__ inline u32 add_half(u32 pairs, u32 each, u32 c) {
     u32 d;
