@@ -249,8 +249,8 @@ def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
 
 
 def product(arch: str, m: int, n: int, k: int, exact: bool) -> Product:
-    """The one for (M, K) by (N, K). Many rows: the largest tile whose last 64 rows M reaches, if there are many.
-    Few: the one that has as much on its way to a multiprocessor with one thread block as to one with two."""
+    """The one for (M, K) by (N, K). Many rows: the largest tile whose last 64 rows M reaches, if there are
+    many. Few: the one that has as much on its way to a multiprocessor with one thread block as with two."""
     plans = products(arch, m, k, exact)
     if m <= FEW_ROWS and not exact:
         return plans[_small_tiles(n) <= AT_ONCE // 2]
