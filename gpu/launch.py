@@ -16,6 +16,7 @@ THREADS = 256
 TILE_ROWS, TILE_SCALES = 128, 4  # of swizzled scales
 LARGEST_DIMENSION = 2**31 - 2 * THREADS  # indices along one dimension are int
 MOST_BLOCKS_Y = 2**16 - 1  # CUDA programming guide, technical specifications per compute capability
+LARGEST_K = 2**28  # products index the scales of a row by int
 INPUTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype → suffix of the kernels
 AMAX_BLOCKS = 1024
 MANY_ROWS = 128  # that keep a GPU busy; of fewer, several thread blocks augment one
@@ -183,6 +184,8 @@ def matmul(device: Device, a: PackedTensor, b: PackedTensor, exact: bool = True)
     (m, k), (n, other) = a.shape, b.shape
     if k != other:
         raise ValueError(f"a has K={k} and b has K={other}; a product needs one K.")
+    if k > LARGEST_K:
+        raise ValueError(f"a and b have K={k}; a product takes up to {LARGEST_K}. Split K and add.")
     return multiply(device, product(device.arch, m, n, k, exact), a, b)
 
 
@@ -194,7 +197,7 @@ def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) 
     else:
         grid = (-(-m // plan.tile_m), -(-n // plan.tile_n), 1)
     if grid[1] > MOST_BLOCKS_Y:
-        most = MOST_BLOCKS_Y * plan.tile_n // TILE_ROWS * TILE_ROWS
+        most = MOST_BLOCKS_Y * plan.tile_n
         raise ValueError(f"b has {n} rows; {plan.kernel} takes up to {most}. Split b.")
     y = device.empty((m, n), "float32")
     args: list[Any] = [a.codes, a.scales, a.tensor_scale, b.codes, b.scales, b.tensor_scale]
@@ -205,7 +208,7 @@ def multiply(device: Device, plan: "Product", a: PackedTensor, b: PackedTensor) 
 
 @dataclass(frozen=True)
 class Product:
-    """Which kernel multiplies, and what one of its blocks computes."""
+    """Which kernel multiplies, and what one of its blocks computes, or computes at a time."""
 
     source: str
     kernel: str
@@ -239,7 +242,7 @@ BUSY = 90  # thread blocks that keep a GPU busy: a Hopper GPU has 132 multiproce
 
 
 def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
-    """The kernels that multiply M rows, the largest tiles first; their bits are the same."""
+    """The kernels that multiply M rows, the largest tiles or the least ahead first; their bits are the same."""
     if exact:
         return [NATIVE if load.is_native(arch) else EXACT]
     if m <= FEW_ROWS:
@@ -250,10 +253,11 @@ def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
 
 def product(arch: str, m: int, n: int, k: int, exact: bool) -> Product:
     """The one for (M, K) by (N, K). Many rows: the largest tile whose last 64 rows M reaches, if there are
-    many. Few: the one that has as much on its way to a multiprocessor with one thread block as with two."""
+    many. Few rows: two pieces ahead where no multiprocessor of an H100 has two thread blocks, else one."""
     plans = products(arch, m, k, exact)
     if m <= FEW_ROWS and not exact:
-        return plans[_small_tiles(n) <= AT_ONCE // 2]
+        one_ahead, two_ahead = plans
+        return two_ahead if _small_tiles(n) <= AT_ONCE // 2 else one_ahead
     fit = (plan for plan in plans if m > plan.tile_m - 64 and _blocks(plan, m, n) >= BUSY)
     return next(fit, plans[-1])
 

@@ -116,6 +116,8 @@ FEW = (
     (17, 300, 4112),
     (64, 300, 14352),
 )
+# Few rows and more tiles of 32 columns than thread blocks, which stay; K that is a multiple of 32, and is not
+STAYING = ((8, 8330, 1312), (5, 8330, 272), (16, 8330, 1312), (12, 8330, 272))
 FULL = Size(
     chunks=64,
     chunk=2**26,
@@ -133,7 +135,7 @@ FULL = Size(
         (2, 28672),
     ),
     products=(*RAGGED, *FEW, (1000, 1036, 2064), (2048, 2048, 4096)),
-    half_products=(*RAGGED, *FEW, (300, 520, 1040), (300, 520, 1056), (513, 1036, 2048), (12, 8330, 272)),
+    half_products=(*RAGGED, *FEW, *STAYING, (300, 520, 1040), (300, 520, 1056), (513, 1036, 2048)),
     seeds=2,
     steps=16384,
 )
@@ -144,7 +146,10 @@ QUICK = Size(
     matrices=14,
     shapes=((1, 16), (3, 48), (5, 80), (130, 32)),
     products=((1, 5, 48), (20, 9, 80)),
-    half_products=((1, 5, 48), (12, 70, 2064), (9, 8210, 48), (20, 9, 80), (130, 70, 480)),
+    half_products=(
+        *((1, 5, 48), (12, 70, 2064), (16, 70, 2080), (8, 8210, 160), (9, 8210, 48)),
+        *((20, 9, 80), (130, 70, 480)),
+    ),
     seeds=1,
     steps=3,
 )

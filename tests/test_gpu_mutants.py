@@ -484,10 +484,7 @@ def few(face: Face) -> None:
         )
         packed, expected = (face.pack(a), face.pack(b)), emulator.matmul_fp16_split_k(a, b)
         for plan in launch.products("80", m, a.shape[1], exact=False):
-            for at_once in (
-                launch.AT_ONCE,
-                3,
-            ):  # if there are more tiles than blocks, blocks go on to the next
+            for at_once in (launch.AT_ONCE, 3):  # three thread blocks go on to the next tiles
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(launch, "AT_ONCE", at_once)
                     y = face.device.download(launch.multiply(face.device, plan, *packed))

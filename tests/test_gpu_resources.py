@@ -69,7 +69,7 @@ def test_operations_are_those_of_the_formulas(arch):
     of_a_code = 1 / 2 if arch == "120a" else 2  # and 2 of a quotient
     of_a_block = 27 if arch == "120a" else 26  # scale, reciprocals, limits
     assert float_["quantize_bf16"] == m * k * (2 + of_a_code + 15 / 16 + of_a_block / 16)
-    for plan in launch.SMALL:  # two codes are scaled at a time: B's once, A's for each thread block
+    for plan in launch.SMALL:  # two codes are scaled at a time: B's once, A's for each tile
         rows = resources.SHAPE.n * (1 + {8: resources.FEWER, 16: resources.FEW}[plan.tile_m] / plan.tile_n)
         assert rows * (k + s) / 2 < float_[plan.kernel] < rows * (k + s) * 0.7, plan.kernel
     assert all(counted.every >= counted.float_ for counted in found.values())
@@ -85,6 +85,15 @@ def test_a_product_of_more_rows_than_a_grid_has_is_refused():
         launch.matmul(device, a, more, exact=False)
     launch.matmul(device, few, more, exact=False)  # its thread blocks stay
     assert [of.blocks for of in device.launches] == [65535, launch.AT_ONCE]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_product_of_a_longer_k_than_an_index_reaches_is_refused(exact):
+    parts = dict.fromkeys(("codes", "scales", "tensor_scale", "largest"))
+    fits, longer = (launch.PackedTensor(**parts, shape=(1, k)) for k in (2**28, 2**28 + 16))
+    launch.matmul(resources.Recorder("80"), fits, fits, exact)
+    with pytest.raises(ValueError, match=r"a and b have K=268435472; a product takes up to 268435456\. Split K"):
+        launch.matmul(resources.Recorder("80"), longer, longer, exact)
 
 
 @pytest.mark.parametrize("arch", resources.ON)

@@ -8,13 +8,13 @@
 //
 // Launch: grid (1, any), 256 threads. A thread block takes every gridDim.y-th tile of 32 rows of B: of 128 rows, eight
 // in each quarter, as their scales are neighbouring bytes for each 64 along K. Dynamic shared memory: AHEAD pieces for
-// each warp, which waits for nobody but itself, and goes on to read the next tile before this one is done; its sums.
+// each warp, the next tile's before this one is done, and its sums: warps wait for each other only to add these up.
 #include "tiles.cuh"
 
 constexpr int WARPS = 8, ROWS = 32, PIECE = 128, ROW_BYTES = PIECE / 2, STEPS = PIECE / 64;
 constexpr int LINE = ROWS + 4;         // floats in a line of sums: no two lanes meet in a bank
 constexpr u32 MAGNITUDES = 0x7F7F7F7F; // of four scales
-extern __shared__ uint4 shared[];
+extern __shared__ __align__(64) uint4 shared[];
 
 template <int M> struct Piece { // rows of B, rows of A, their scales
     static constexpr int SCALES = ROWS * 4; // of B, for one step of 64
@@ -45,9 +45,10 @@ template <int M, bool WHOLE> struct Copies {
     static constexpr int OF_B = ROWS / 8, COUNT = OF_B + M / 8;
     const Operand &b;
     const u8 *b_codes, *a_codes, *b_scales, *a_scales; // of the first row
-    u32 further[COUNT], to;                            // how far the others are, in pieces of a row
-    u32 inside;                                        // 1 if there is a first row of A
-    int k, steps, pieces, tile, piece;                 // the next one to copy
+    u32 further[COUNT];                                // how far the others are, in pieces of a row
+    u32 to, inside;                                    // the first one's place in a stage; 1 if A has it
+    int k, steps, pieces;
+    int tile, piece; // the next ones to copy
 
     __device__ Copies(const Operand &a, const Operand &b)
         : b(b), k(a.k), steps(a.tiles()), pieces((steps + STEPS - 1) / STEPS), tile(blockIdx.y),
@@ -99,7 +100,8 @@ template <int M, bool WHOLE> struct Copies {
     }
 };
 
-// A piece in registers: codes, of two chunks in turn, and four scales of row g, g + 8, …
+// A piece in registers. Of A: codes of row g of two chunks; of B: of rows g and g + 8 of a chunk, then of the next one.
+// And the four scales of each of these rows.
 template <int M> struct Fragments {
     typedef Piece<M> P;
     static constexpr int TILES = ROWS / 16;
@@ -187,6 +189,7 @@ template <int M> struct Sums {
 
 template <int M, int AHEAD, bool WHOLE>
 __device__ inline void small(const Operand &a, const Operand &b, float scale, float *y) {
+    static_assert(AHEAD <= 2, "there are two stages at most");
     constexpr int OF_WARP = AHEAD * Piece<M>::bytes;
     int pieces = (a.tiles() + STEPS - 1) / STEPS, warp = threadIdx.x / 32;
     const u8 *stages = reinterpret_cast<const u8 *>(shared) + warp * OF_WARP;
