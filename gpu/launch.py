@@ -242,7 +242,7 @@ BUSY = 90  # thread blocks that keep a GPU busy: a Hopper GPU has 132 multiproce
 
 
 def products(arch: str, m: int, k: int, exact: bool) -> list[Product]:
-    """The kernels that multiply M rows, the largest tiles or the least ahead first; their bits are the same."""
+    """Kernels that multiply M rows, the largest tiles or the least ahead first; their bits are the same."""
     if exact:
         return [NATIVE if load.is_native(arch) else EXACT]
     if m <= FEW_ROWS:

@@ -92,7 +92,9 @@ def test_a_product_of_a_longer_k_than_an_index_reaches_is_refused(exact):
     parts = dict.fromkeys(("codes", "scales", "tensor_scale", "largest"))
     fits, longer = (launch.PackedTensor(**parts, shape=(1, k)) for k in (2**28, 2**28 + 16))
     launch.matmul(resources.Recorder("80"), fits, fits, exact)
-    with pytest.raises(ValueError, match=r"a and b have K=268435472; a product takes up to 268435456\. Split K"):
+    with pytest.raises(
+        ValueError, match=r"a and b have K=268435472; a product takes up to 268435456\. Split K"
+    ):
         launch.matmul(resources.Recorder("80"), longer, longer, exact)
 
 
