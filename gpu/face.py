@@ -89,7 +89,7 @@ class Face:
         `exact`: the bits of `emulator.matmul`, those of an RTX Blackwell GPU, on any GPU. Otherwise what is
         fast: codes times scales become fp16 numbers, exactly, and are multiplied as such. On a Hopper GPU
         these are the bits of `emulator.matmul_fp16`, and for M up to 16 of `emulator.matmul_fp16_split_k`.
-        Errors as in `emulator.matmul`.
+        Errors as in `emulator.matmul`, and ValueError for K beyond 2^28.
         """
         for name, q in (("a", a), ("b", b)):
             checks.is_a(name, q, NVFP4Tensor, "quantize(x) makes one.")

@@ -235,9 +235,8 @@ HOPPER = [
     )
     for m, n in ((128, 256), (64, 128), (64, 64))
 ]
-AT_ONCE = (
-    256  # thread blocks of `SMALL` at most: 124 of an H100's 132 multiprocessors have two, and 8 have one
-)
+# Thread blocks of `SMALL` at most: 124 of an H100's 132 multiprocessors have two of them, and 8 have one.
+AT_ONCE = 256
 BUSY = 90  # thread blocks that keep a GPU busy: a Hopper GPU has 132 multiprocessors at most
 
 
